@@ -1,0 +1,43 @@
+# `make reproduce` and `make test` are all that a fresh machine needs: Python 3.11, git and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+export PYTHONHASHSEED = 0
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce paper test test-scale lint compare clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	touch $@
+
+install: $(READY)  ## the pinned environment in .venv
+
+reproduce: $(READY)  ## run the pipeline on the embedded model, print the table
+	dvc repro
+	@python tools/show.py
+
+paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub, in a throw-away workspace
+	tools/paper.sh
+
+test: $(READY)  ## the offline test suite, with lint and types
+	ruff check . && ruff format --check . && mypy
+	python -m pytest
+
+test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
+	python -m pytest -m scale
+
+lint: $(READY)  ## format and check
+	ruff check --fix . && ruff format . && mypy
+
+compare: $(READY)  ## hold a fresh run's metrics against the committed ones
+	@python tools/compare.py
+
+clean:  ## remove what was made, keep the environment
+	rm -rf data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/scores data/times report .dvc/cache .dvc/tmp

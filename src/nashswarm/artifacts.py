@@ -1,0 +1,262 @@
+"""The only module that knows where the pipeline's files lie and what is in them.
+
+Every file is written under a temporary name, synced, and renamed: a reader sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from nashswarm.corpora import TokenizedSplit, digest
+from nashswarm.types import Allocation, Choice, InputError, ModelIndex, NashSwarmError, Statistics, TensorSpec, VectorSpec
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every path of the pipeline, below one root."""
+
+    root: Path = Path()
+
+    @property
+    def params(self) -> Path:
+        """params.yaml."""
+        return self.root / "params.yaml"
+
+    @property
+    def reference(self) -> Path:
+        """The embedded model and its texts."""
+        return self.root / "data/reference"
+
+    @property
+    def staging(self) -> Path:
+        """Downloads under way; outside of DVC's outputs, which DVC deletes before a stage runs."""
+        return self.root / "data/staging"
+
+    @property
+    def methods(self) -> Path:
+        """What the methods stage writes: one recipe per method."""
+        return self.root / "data/methods"
+
+    def download(self, model: str) -> Path:
+        """Source record, index, tokens, and a hub model's files."""
+        return self.root / "data/downloads" / model
+
+    def scores(self, model: str) -> Path:
+        """Statistics of the original model."""
+        return self.root / "data/scores" / model
+
+    def baseline(self, model: str) -> Path:
+        """What the original model says on the test texts."""
+        return self.root / "data/baselines" / model
+
+    def allocation(self, model: str, method: str) -> Path:
+        """Directory of one allocation."""
+        return self.root / "data/allocations" / model / method
+
+    def packed(self, model: str, method: str) -> Path:
+        """Directory of one packed model."""
+        return self.root / "data/packed" / model / method
+
+    def windows(self, model: str, method: str) -> Path:
+        """Losses per window of one packed model."""
+        return self.root / "data/evaluations" / model / method
+
+    def metrics(self, model: str, method: str) -> Path:
+        """The tracked figures of one packed model."""
+        return self.root / "metrics" / model / f"{method}.json"
+
+    @property
+    def report(self) -> Path:
+        """Directory of the report."""
+        return self.root / "report"
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` atomically. Raises NashSwarmError that names the file where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise NashSwarmError(f"{path}: cannot be written ({error.strerror}); the file that was there is kept") from error
+
+
+def write_json(path: Path, document: object) -> None:
+    """Sorted keys, so that equal content is equal bytes."""
+    write_bytes(path, (json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a file that a stage wrote."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Named arrays as safetensors."""
+    write_bytes(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+
+
+@contextmanager
+def fresh_directory(path: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `path` only if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the record of a download --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """Which files a model is, wherever they lie."""
+
+    source: str  # embedded, hub or path
+    directory: str  # as it was given; relative to the project's root or absolute
+    id: str | None
+    revision: str | None
+    files: Mapping[str, str]  # name -> SHA-256
+
+    def open(self, root: Path) -> Path:
+        """The directory, after every file's SHA-256 was compared. Raises InputError for one that changed."""
+        directory = root / self.directory
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file() or sha256_file(path) != expected:
+                state = "is gone" if not path.is_file() else "changed"
+                raise InputError(f"{path} {state} since it was downloaded; run `dvc repro --force -s` on that model's download stage")
+        return directory
+
+
+def write_source(directory: Path, record: SourceRecord, index: ModelIndex) -> None:
+    """source.json and index.json of a download."""
+    write_json(directory / "source.json", dataclasses.asdict(record))
+    write_json(directory / "index.json", dataclasses.asdict(index))
+
+
+def read_source(directory: Path) -> SourceRecord:
+    """Inverse of `write_source`, the record."""
+    return SourceRecord(**read_json(directory / "source.json"))
+
+
+def read_index(directory: Path) -> ModelIndex:
+    """Inverse of `write_source`, the index."""
+    raw = read_json(directory / "index.json")
+    raw["tensors"] = tuple(
+        TensorSpec(**{**t, "shape": tuple(t["shape"]), "tied": tuple(t["tied"])}) for t in raw["tensors"]
+    )
+    raw["vectors"] = tuple(VectorSpec(v["name"], tuple(v["shape"])) for v in raw["vectors"])
+    return ModelIndex(**raw)
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------
+
+
+def write_tokens(directory: Path, corpus: str, splits: Mapping[str, TokenizedSplit]) -> None:
+    """tokens/<corpus>.safetensors, and tokens/<corpus>.json with counts and hashes for people."""
+    arrays = {f"{split}.{f.name}": getattr(t, f.name) for split, t in splits.items() for f in dataclasses.fields(t)}
+    write_arrays(directory / "tokens" / f"{corpus}.safetensors", arrays)
+    facts = {s: {"sha256": digest(t.ids), "tokens": t.ids.size, "texts": t.text_ends.size} for s, t in splits.items()}
+    write_json(directory / "tokens" / f"{corpus}.json", facts)
+
+
+def read_tokens(directory: Path, corpus: str, split: str) -> TokenizedSplit:
+    """One split. Raises InputError where the corpus has no such split."""
+    arrays = load_file(directory / "tokens" / f"{corpus}.safetensors")
+    if f"{split}.ids" not in arrays:
+        raise InputError(f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml")
+    return TokenizedSplit(**{f.name: arrays[f"{split}.{f.name}"] for f in dataclasses.fields(TokenizedSplit)})
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def write_statistics(directory: Path, tensor: str, statistics: Statistics) -> None:
+    """One file per tensor."""
+    arrays = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
+    write_arrays(directory / f"{tensor}.safetensors", {k: v for k, v in arrays.items() if v is not None})
+
+
+def read_statistics(directory: Path, tensor: str) -> Statistics:
+    """One tensor's statistics."""
+    return Statistics(**load_file(directory / f"{tensor}.safetensors"))
+
+
+# --- records of arrays ---------------------------------------------------------------------------------------------
+
+
+def write_record(path: Path, record: Any) -> None:
+    """A dataclass whose fields are arrays and floats."""
+    write_arrays(path, {f.name: np.asarray(getattr(record, f.name)) for f in dataclasses.fields(record)})
+
+
+def read_record(path: Path, cls: type[T]) -> T:
+    """Inverse of `write_record`."""
+    return cls(**load_file(path))
+
+
+# --- allocations ---------------------------------------------------------------------------------------------------
+
+
+def allocation_document(allocation: Allocation) -> dict[str, Any]:
+    """The allocation as JSON."""
+    certificate = {k: getattr(allocation, k) for k in ("price", "largest_deviation_gain", "duality_gap")}
+    return {
+        "choices": {name: dataclasses.asdict(choice) for name, choice in allocation.choices.items()},
+        "histogram": {str(bits): count for bits, count in sorted(allocation.histogram.items())},
+        **certificate,
+    }
+
+
+def write_allocation(directory: Path, allocation: Allocation) -> None:
+    """allocation.json."""
+    write_json(directory / "allocation.json", allocation_document(allocation))
+
+
+def read_allocation(directory: Path) -> Allocation:
+    """Inverse of `write_allocation`."""
+    raw = read_json(directory / "allocation.json")
+    choices = {
+        name: Choice(c["bits"], tuple(c["classes"]), tuple(c["thresholds"])) for name, c in raw.pop("choices").items()
+    }
+    histogram = {int(bits): count for bits, count in raw.pop("histogram").items()}
+    return Allocation(choices, histogram, **raw)

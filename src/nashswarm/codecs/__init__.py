@@ -1,0 +1,11 @@
+"""One file per codec, found by its name in params.yaml.
+
+A codec is a module with
+
+    Settings                                    a frozen dataclass: the keys that a method may set
+    WIDTHS: tuple[int, ...]                     the widths in bits that an allocator may choose from
+    encode(job: Job, settings) -> PackedTensor  real bits, nothing that a decoder could not read back
+    decode(packed: PackedTensor) -> Tensor      float32 [out, in], exactly the weights that `encode` meant
+
+`tests/test_codecs.py` checks every file here against this contract.
+"""

@@ -1,0 +1,144 @@
+"""Round to nearest on asymmetric grids, one for each group of consecutive weights of a row: the field's baseline.
+
+w' = scale * (code - zero), codes and zeros unsigned integers of `bits` bits, scale float16. At 4 bits and groups of 64
+a weight costs 4 + (16 + 4) / 64 = 4.31 bits. Clipping is searched: of `CLIPS` shrunken ranges, each group keeps the
+one with the least squared error (with a second moment at hand, weighted by its diagonal, the inputs' power).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nashswarm.bitpack import pack, unpack
+from nashswarm.types import InputError, Job, PackedTensor, TensorSpec
+
+WIDTHS = (2, 3, 4, 8)
+CLIPS = tuple(1 - 0.04 * i for i in range(16))  # 1.00 down to 0.40 of the range: 2 bits want about 0.6, 4 bits 0.9
+CHUNK = 1 << 24  # weights per round of the search; bounds its temporaries to about 0.3 GiB
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`group` weights share a grid; embeddings and the head may have groups of their own."""
+
+    group: int = 64
+    embedding_group: int | None = None
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("group", "embedding_group"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: {value} is too small; at least 1 weight")
+
+    def group_of(self, tensor: TensorSpec) -> int:
+        """The group for this tensor."""
+        own = tensor.part in ("embedding", "head") and self.embedding_group is not None
+        return self.embedding_group if own and self.embedding_group is not None else self.group
+
+
+def encode(job: Job, settings: Settings) -> PackedTensor:
+    """Codes, scales and zeros of `choice.bits` bits. The last group of a row is shorter where in % group != 0."""
+    assert job.choice.bits is not None
+    bits, group = job.choice.bits, settings.group_of(job.tensor)
+    power = _input_power(job)
+    rows = max(1, CHUNK // job.tensor.shape[1])
+    pieces = [
+        _encode_rows(job, slice(i, i + rows), bits, group, settings.clip_search, power)
+        for i in range(0, job.tensor.shape[0], rows)
+    ]
+    codes, scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return packed_groups("grouped", job.tensor, codes, scales, zeros, bits, group)
+
+
+def decode(packed: PackedTensor) -> Tensor:
+    """float32 [out, in]."""
+    (rows, columns), bits, group = packed.shape, packed.scalars["bits"], packed.scalars["group"]
+    groups = -(-columns // group)
+    scales = torch.from_numpy(np.array(packed.arrays["scales"])).view(torch.float16).view(rows, groups, 1).float()
+    zeros = torch.from_numpy(unpack(packed.arrays["zeros"], bits, rows * groups)).view(rows, groups, 1)
+    codes = torch.from_numpy(unpack(packed.arrays["codes"], bits, rows * columns)).view(rows, columns)
+    weights = scales * (_grouped(codes, group).float() - zeros)
+    return weights.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def packed_groups(
+    codec: str, tensor: TensorSpec, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int
+) -> PackedTensor:
+    """The layout that `decode` reads: codes uint8 [out, in], scales float16 and zeros uint8 [out, groups]."""
+    arrays = {
+        "codes": pack(codes.numpy(), bits),
+        "scales": scales.contiguous().view(torch.uint16).numpy(),
+        "zeros": pack(zeros.numpy(), bits),
+    }
+    return PackedTensor(codec, tensor.shape, arrays, {"bits": bits, "group": group})
+
+
+def fit_grids(groups: Tensor, bits: int, power: Tensor | None, search: bool, name: str) -> tuple[Tensor, Tensor]:
+    """The grid of every group: float32 [..., group] -> scale float16 [...], zero uint8 [...].
+
+    `power`, broadcastable to `groups`, weights the squared error of the clip search. The range always holds 0, so that
+    the zero fits the codes' width even where all weights have one sign. Raises InputError beyond float16's range.
+    """
+    top = 2**bits - 1
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best_error = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.zeros_like(low, dtype=torch.float16), torch.zeros_like(low)
+    for clip in CLIPS if search else (1.0,):
+        # Rounded to float16 first: codes must be right for the scale that is stored.
+        scale = ((high - low) * (clip / top)).half()
+        if not scale.isfinite().all():
+            raise InputError(f"{name}: weights reach {groups.abs().max():.3g}, beyond what a float16 scale can carry")
+        zero = (-low * clip / scale).nan_to_num(0, top, 0).round_().clamp_(0, top)
+        error = groups - snap(groups, scale, zero, top)
+        cost = error.square_() if power is None else error.square_().mul_(power)
+        total = cost.sum(-1)
+        better = total < best_error
+        best_error = torch.where(better, total, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero.to(torch.uint8)
+
+
+def quantize(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """Nearest codes, float32 [..., group], on the grids scale and zero [...]; 0 / 0 of an all-zero group is code zero."""
+    inverse = (1 / scale.float()).nan_to_num_(0, 0, 0)  # a scale that underflowed to 0 decodes to 0 whatever the code
+    return (groups * inverse.unsqueeze(-1)).add_(zero.float().unsqueeze(-1)).round_().clamp_(0, top)
+
+
+def snap(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """The nearest values on the grids, float32 [..., group]."""
+    codes = quantize(groups, scale, zero, top)
+    return codes.sub_(zero.float().unsqueeze(-1)).mul_(scale.float().unsqueeze(-1))
+
+
+def _input_power(job: Job) -> Tensor | None:
+    """The diagonal of the inputs' second moment, float32 [in], where it is known."""
+    if job.statistics is None or job.statistics.second_moment is None:
+        return None
+    return torch.from_numpy(job.statistics.second_moment).diagonal()
+
+
+def _grouped(matrix: Tensor, group: int) -> Tensor:
+    """[rows, columns] -> [rows, groups, group], the last group padded by repeating the row's last value.
+
+    A repeated value widens no range, so the pad changes no grid (it adds a little weight to that value's error).
+    """
+    pad = -matrix.shape[1] % group
+    if pad:
+        matrix = torch.cat([matrix, matrix[:, -1:].expand(-1, pad)], 1)
+    return matrix.reshape(matrix.shape[0], -1, group)
+
+
+def _encode_rows(
+    job: Job, rows: slice, bits: int, group: int, search: bool, power: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """codes uint8 [rows, in], scales float16 and zeros uint8 [rows, groups]."""
+    groups = _grouped(job.weight[rows], group)
+    weights = None if power is None else _grouped(power[None], group)
+    scales, zeros = fit_grids(groups, bits, weights, search, job.tensor.name)
+    codes = quantize(groups, scales, zeros, 2**bits - 1).to(torch.uint8)
+    return codes.reshape(groups.shape[0], -1)[:, : job.tensor.shape[1]], scales, zeros

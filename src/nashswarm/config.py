@@ -1,0 +1,405 @@
+"""params.yaml -> frozen dataclasses. Every mistake is an error that names the key, what came, and the fix.
+
+This module alone knows how params are spelt; no library function opens params.yaml. A method's settings belong to the
+allocator and the codec that it names: each of these files declares a frozen dataclass `Settings`, and the method's
+keys are handed to the one that knows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import yaml
+
+from nashswarm.types import NashSwarmError
+
+T = TypeVar("T")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+ROOMS = ("importance", "allocators", "codecs")
+
+
+class ConfigError(NashSwarmError):
+    """params.yaml asks for something that cannot be; the message names the key."""
+
+
+# --- the blocks of params.yaml -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from: `embedded` (data/reference), `hub` (id, revision) or `path` (a local directory)."""
+
+    source: str
+    id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_source(self.source, {"hub": ("id", "revision"), "path": ("path",), "embedded": ()}, self)
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSource:
+    """Where a corpus comes from: `embedded`, `hub` (id, config, revision) or `path` (a text file for each split)."""
+
+    source: str
+    id: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    calibration: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+    def __post_init__(self) -> None:
+        needs = {"hub": ("id", "config", "revision"), "path": (), "embedded": ()}
+        _check_source(self.source, needs, self, ("calibration", "validation", "test"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How the statistics of the original model are gathered."""
+
+    tokens: int = 16384  # calibration tokens, taken from the start of the calibration split
+    batch_tokens: int = 2048  # tokens per forward pass; bounds memory
+    seed: int = 0  # of the labels that the model samples for its Fisher information
+
+    def __post_init__(self) -> None:
+        _at_least("tokens", self.tokens, 64)
+        _at_least("batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PaperProtocol:
+    """The paper's evaluation: single padded texts."""
+
+    texts: tuple[int, ...] = (20, 30, 50, 100)  # sample counts N; the first is the headline
+    length: int = 64  # tokens; longer texts are cut, shorter ones padded with EOS
+    longer_than: int = 20  # characters of a text after strip(), exclusive
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("texts: at least one sample count is needed")
+        _at_least("texts", min(self.texts), 1)
+        _at_least("length", self.length, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a quantized model is compared with the original."""
+
+    context: int = 1024  # tokens per window at most; the model's own context if that is shorter
+    batch_tokens: int = 2048  # tokens per forward pass; does not change results beyond rounding
+    resamples: int = 2000  # of the paired block bootstrap
+    block: int = 8  # contiguous windows per bootstrap block
+    seed: int = 0
+    paper: PaperProtocol = field(default_factory=PaperProtocol)
+
+    def __post_init__(self) -> None:
+        _at_least("context", self.context, 2)
+        _at_least("batch_tokens", self.batch_tokens, 1)
+        _at_least("resamples", self.resamples, 2000)
+        _at_least("block", self.block, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How the report looks."""
+
+    dpi: int = 120
+
+    def __post_init__(self) -> None:
+        _at_least("dpi", self.dpi, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where it runs. Not part of what makes results stale, but late digits follow the number of threads."""
+
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Active:
+    """What a run covers: names defined in the blocks below."""
+
+    models: tuple[str, ...]
+    calibration: str
+    corpora: tuple[str, ...]
+    methods: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for key in ("models", "corpora", "methods"):
+            names = getattr(self, key)
+            if not names:
+                raise ValueError(f"{key}: the list is empty; name at least one")
+            if len(set(names)) != len(names):
+                raise ValueError(f"{key}: a name stands twice in {list(names)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to quantize: scope, importance, allocator, codec, and the settings of the latter two."""
+
+    name: str
+    codec: str
+    scope: str = "all"  # linear: what isinstance(nn.Linear) finds; all: every matrix
+    accounting: str = "true"  # true: bytes on disk; paper: code bits of the touched weights, beside the true ones
+    importance: str = "magnitude"
+    allocator: str = "uniform"
+    allocator_settings: Any = None
+    codec_settings: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """All of params.yaml."""
+
+    active: Active
+    models: Mapping[str, ModelSource]
+    corpora: Mapping[str, CorpusSource]
+    methods: Mapping[str, Method]
+    scoring: Scoring
+    evaluation: Evaluation
+    report: Report
+    compute: Compute
+
+    @property
+    def corpora_needed(self) -> tuple[str, ...]:
+        """The active corpora and the one for calibration, each once."""
+        return tuple(dict.fromkeys((self.active.calibration, *self.active.corpora)))
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_params(path: Path) -> Params:
+    """Read and check the whole of params.yaml. Raises ConfigError at the first thing that cannot be."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; run from the project's root, or pass the file to use")
+    return parse_params(_read_yaml(path))
+
+
+def parse_params(raw: object) -> Params:
+    """As `load_params`, from the parsed document."""
+    blocks = _mapping(raw, "params.yaml")
+    _known_keys(blocks, [f.name for f in dataclasses.fields(Params)], "")
+    for key in ("active", "models", "corpora", "methods"):
+        if key not in blocks:
+            raise ConfigError(f"{key}: this block is missing from params.yaml")
+    params = Params(
+        active=build(Active, blocks["active"], "active"),
+        models={n: build(ModelSource, v, f"models.{n}") for n, v in _named(blocks["models"], "models")},
+        corpora={n: build(CorpusSource, v, f"corpora.{n}") for n, v in _named(blocks["corpora"], "corpora")},
+        methods={n: parse_method(n, v) for n, v in _named(blocks["methods"], "methods")},
+        scoring=build(Scoring, blocks.get("scoring", {}), "scoring"),
+        evaluation=build(Evaluation, blocks.get("evaluation", {}), "evaluation"),
+        report=build(Report, blocks.get("report", {}), "report"),
+        compute=build(Compute, blocks.get("compute", {}), "compute"),
+    )
+    for key, defined in (("models", params.models), ("corpora", params.corpora), ("methods", params.methods)):
+        for name in getattr(params.active, key):
+            _check_defined(name, defined, f"active.{key}", key)
+    _check_defined(params.active.calibration, params.corpora, "active.calibration", "corpora")
+    return params
+
+
+def parse_method(name: str, raw: object) -> Method:
+    """One entry of `methods`: its own keys, and the settings that its allocator and its codec declare."""
+    where = f"methods.{name}"
+    block = dict(_mapping(raw, where))
+    if "codec" not in block:
+        raise ConfigError(f"{where}.codec: missing; one of {', '.join(room_names('codecs'))}")
+    own = {f.name: block.pop(f.name) for f in dataclasses.fields(Method) if f.name in block}
+    method = build(Method, {"name": name, **own}, where)
+    _one_of(method.scope, ("linear", "all"), f"{where}.scope")
+    _one_of(method.accounting, ("true", "paper"), f"{where}.accounting")
+    importance = load_room("importance", method.importance, f"{where}.importance")
+    allocator = load_room("allocators", method.allocator, f"{where}.allocator")
+    codec = load_room("codecs", method.codec, f"{where}.codec")
+    del importance  # loaded to check its name
+    allocator_keys, codec_keys = _field_names(allocator.Settings), _field_names(codec.Settings)
+    _known_keys(block, [*allocator_keys, *codec_keys, *_field_names(Method)], f"{where}.")
+    method = dataclasses.replace(
+        method,
+        allocator_settings=build(allocator.Settings, {k: block[k] for k in allocator_keys if k in block}, where),
+        codec_settings=build(codec.Settings, {k: block[k] for k in codec_keys if k in block}, where),
+    )
+    for bits in allocator.widths(method.allocator_settings):
+        if bits not in codec.WIDTHS:
+            offered = ", ".join(map(str, codec.WIDTHS)) or "no widths of its own to choose"
+            raise ConfigError(f"{where}.bits: {bits} bits, but codec '{method.codec}' offers {offered}")
+    return method
+
+
+def load_room(room: str, name: str, where: str = "") -> ModuleType:
+    """The module `nashswarm.<room>.<name>`. Raises ConfigError with the nearest name when there is none."""
+    _one_of(name, room_names(room), where or room)
+    return importlib.import_module(f"nashswarm.{room}.{name}")
+
+
+def room_names(room: str) -> tuple[str, ...]:
+    """The names that may stand in params: one for each file in the room."""
+    package = importlib.import_module(f"nashswarm.{room}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
+
+
+def build(cls: type[T], raw: object, where: str) -> T:
+    """A dataclass from a mapping: unknown keys, wrong types and broken promises are ConfigErrors with their key."""
+    block = _mapping(raw, where)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _known_keys(block, list(fields), f"{where}.")
+    hints = typing.get_type_hints(cls)
+    values = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in block.items()}
+    missing = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{where}.{missing[0]}: missing; it has no default")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from error
+
+
+# --- types, names, suggestions -------------------------------------------------------------------------------------
+
+
+def _coerce(value: object, hint: Any, where: str) -> Any:
+    """The value as the type that the field declares; '1e-06' counts as a float, since DVC writes it so."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise _type_error(where, value, f"a list of {arguments[0].__name__}")
+        return tuple(_coerce(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type[Any], hint), value, where)
+    if hint is Any:
+        return value
+    return _coerce_scalar(value, hint, where)
+
+
+def _coerce_scalar(value: object, hint: Any, where: str) -> Any:
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(typing.cast(Any, value))
+        except (TypeError, ValueError):
+            raise _type_error(where, value, "a number") from None
+    if hint is int and (type(value) is int or (isinstance(value, float) and value.is_integer())):
+        return int(typing.cast(Any, value))
+    if type(value) is not hint:
+        kind = {int: "a whole number", bool: "true or false", str: "text"}[hint]
+        raise _type_error(where, value, kind)
+    return value
+
+
+def _type_error(where: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{where}: {value!r} is {type(value).__name__}, expected {expected}")
+
+
+def _mapping(raw: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected a block of keys, got {raw!r}")
+    return raw
+
+
+def _named(raw: object, where: str) -> list[tuple[str, Any]]:
+    block = _mapping(raw, where)
+    for name in block:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise ConfigError(f"{where}: {name!r} is no name; use letters, digits, '-' and '_' (DVC splits keys on dots)")
+    return list(block.items())
+
+
+def _known_keys(block: Mapping[str, Any], known: Sequence[str], prefix: str) -> None:
+    for key in block:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: unknown key{_suggest(str(key), known)}")
+
+
+def _check_defined(name: str, defined: Mapping[str, object], where: str, block: str) -> None:
+    if name not in defined:
+        raise ConfigError(f"{where}: '{name}' is not defined under `{block}`{_suggest(name, list(defined))}")
+
+
+def _one_of(value: str, allowed: Sequence[str], where: str) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{where}: '{value}' is unknown{_suggest(value, allowed)}")
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(known)}"
+
+
+def _field_names(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_source(source: str, needs: Mapping[str, tuple[str, ...]], block: Any, optional: tuple[str, ...] = ()) -> None:
+    if source not in needs:
+        raise ValueError(f"source: '{source}' is unknown{_suggest(source, list(needs))}")
+    for key in needs[source]:
+        if getattr(block, key) is None:
+            raise ValueError(f"{key}: missing; source '{source}' needs it")
+    allowed = {"source", *needs[source], *(optional if source == "path" else ())}
+    for field in dataclasses.fields(block):
+        if field.name not in allowed and getattr(block, field.name) is not None:
+            raise ValueError(f"{field.name}: source '{source}' has no such key; remove it")
+    if source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", block.revision):
+        raise ValueError(f"revision: '{block.revision}' is no full commit; give all 40 hexadecimal digits")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}: {value} is too small; at least {least}")
+
+
+# --- YAML, strictly ------------------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML, refusing what PyYAML and DVC's ruamel read differently: doubled keys and numbers with leading zeros."""
+
+
+def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise ConfigError(f"{key}: stands twice (line {key_node.start_mark.line + 1}); keep one")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+def _strict_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    if re.match(r"[-+]?0[0-9_]+$", node.value):
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{node.value}: a leading zero (line {line}) is read as octal by some; write it without")
+    return int(loader.construct_yaml_int(node))  # type: ignore[no-untyped-call]
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _strict_mapping)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _strict_int)
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error

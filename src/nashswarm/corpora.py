@@ -1,0 +1,143 @@
+"""Texts to calibrate and measure on: where they come from, how they become token ids, and that they do not overlap.
+
+A local file holds one text per line; blank lines separate nothing and are dropped. The standard protocol joins the
+texts of a split with blank lines and tokenises the whole once; the paper's protocol takes the texts one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nashswarm.config import CorpusSource
+from nashswarm.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("calibration", "validation", "test")
+HUB_SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}
+SHINGLE = 64  # tokens: the shortest run that counts as an overlap between splits
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSplit:
+    """A split as token ids of one model's tokenizer.
+
+    The texts of the paper's protocol are the concatenation `text_ids`, cut at `text_ends`; `text_lengths` are in
+    characters, after strip().
+    """
+
+    ids: np.ndarray  # int32 [tokens], the joined split
+    text_ids: np.ndarray  # int32 [sum of the texts' tokens]
+    text_ends: np.ndarray  # int64 [texts]
+    text_lengths: np.ndarray  # int64 [texts]
+
+    def text(self, index: int) -> np.ndarray:
+        """Token ids of one text, int32."""
+        start = int(self.text_ends[index - 1]) if index else 0
+        return self.text_ids[start : int(self.text_ends[index])]
+
+
+def read_texts(name: str, source: CorpusSource, reference: Path, hub_directory: Path) -> dict[str, list[str]]:
+    """The texts of every split that the corpus has.
+
+    Arguments: `reference`, where the embedded texts lie; `hub_directory`, where a hub corpus was fetched to.
+    Raises InputError for a file that is missing, empty or not UTF-8.
+    """
+    if source.source == "embedded":
+        return {split: read_text_file(reference / f"{split}.txt") for split in SPLITS}
+    if source.source == "path":
+        files = {split: getattr(source, split) for split in SPLITS if getattr(source, split)}
+        if not files:
+            raise InputError(f"corpora.{name}: no file given; name at least `test`")
+        return {split: read_text_file(Path(file)) for split, file in files.items()}
+    from nashswarm import hub
+
+    return {split: hub.read_dataset(hub_directory, HUB_SPLITS[split]) for split in SPLITS}
+
+
+def read_text_file(path: Path) -> list[str]:
+    """The non-blank lines of a UTF-8 file, line ends removed."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such text file; check `corpora` in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error}); convert it, e.g. with iconv") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"{path}: the text is empty")
+    return texts
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenizedSplit:
+    """Both protocols' token ids, with the tokenizer's own special tokens (OPT and Llama begin with one)."""
+    joined = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
+    singles = tokenizer(list(texts), verbose=False)["input_ids"]
+    return TokenizedSplit(
+        ids=np.array(joined, np.int32),
+        text_ids=np.concatenate([np.array(s, np.int32) for s in singles]),
+        text_ends=np.cumsum([len(s) for s in singles]),
+        text_lengths=np.array([len(t.strip()) for t in texts]),
+    )
+
+
+def check_long_enough(where: str, ids: np.ndarray, window: int) -> None:
+    """Raise InputError where a split does not fill one window of the model."""
+    if ids.size < window:
+        raise InputError(f"{where}: {ids.size} tokens do not fill one window of {window}; give more text, or set evaluation.context lower")
+
+
+def check_disjoint(splits: Mapping[str, np.ndarray], shingle: int = SHINGLE) -> None:
+    """Raise InputError where two splits share a run of `shingle` tokens; names both and the places."""
+    seen: list[tuple[str, np.ndarray]] = []
+    for name, ids in splits.items():
+        hashes = _shingle_hashes(ids, shingle)
+        for other, others in seen:
+            shared = np.intersect1d(hashes, others)
+            if shared.size:
+                at, there = (int(np.flatnonzero(h == shared[0])[0]) for h in (hashes, others))
+                raise InputError(
+                    f"{name} and {other} share {shared.size} runs of {shingle} tokens (the first at token {at} and "
+                    f"{there}): a model must not be measured on what it was calibrated on; give texts that do not overlap"
+                )
+        seen.append((name, hashes))
+
+
+def _shingle_hashes(ids: np.ndarray, length: int) -> np.ndarray:
+    """uint64 [tokens - length + 1]: a polynomial hash of every run; two of 10^6 runs collide with chance 10^-7."""
+    count = max(0, ids.size - length + 1)
+    values = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    values ^= values >> np.uint64(29)
+    total = np.zeros(count, np.uint64)
+    for offset in range(length):
+        total = total * np.uint64(0xD1342543DE82EF95) + values[offset : offset + count]
+    return total
+
+
+def check_run(
+    splits: Mapping[str, Mapping[str, TokenizedSplit]], calibration: str, measured: Sequence[str], window: int
+) -> None:
+    """Refuse corpora that cannot serve: missing or short splits, and texts that calibration shares with a test.
+
+    Arguments: `splits`, corpus -> split -> tokens; `calibration`, the corpus to calibrate on; `measured`, those to
+    measure on; `window`, tokens. Raises InputError.
+    """
+    needed = [(calibration, "calibration"), *((corpus, "test") for corpus in measured)]
+    for corpus, split in needed:
+        if split not in splits[corpus]:
+            raise InputError(f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml")
+        check_long_enough(f"corpora.{corpus}.{split}", splits[corpus][split].ids, window)
+    wanted = dict.fromkeys([*needed, *((calibration, s) for s in SPLITS)])
+    check_disjoint({f"{c}.{s}": splits[c][s].ids for c, s in wanted if s in splits[c]})
+
+
+def digest(ids: np.ndarray) -> str:
+    """SHA-256 of token ids as little-endian int32."""
+    return hashlib.sha256(np.ascontiguousarray(ids, "<i4")).hexdigest()

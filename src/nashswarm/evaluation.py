@@ -1,0 +1,251 @@
+"""How much worse a model became: both protocols' losses, KL divergence, agreement, and intervals that are paired.
+
+Standard protocol: non-overlapping windows of the joined split; every token but a window's first is a target; losses are
+summed over all targets, not averaged over windows. Paper's protocol: single texts of 64 tokens, padded with EOS, pads
+scored too, the mean over texts of the per-text mean.
+
+The original model is run once; of its outputs only the hidden states before the head are kept, 30 to 100 times smaller
+than logits, from which the head makes the logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nashswarm.config import Evaluation, PaperProtocol
+from nashswarm.corpora import TokenizedSplit
+from nashswarm.models import Checkpoint
+from nashswarm.types import InputError, ModelIndex, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the original model says on one corpus."""
+
+    hidden: np.ndarray  # float32 [tokens, width], before the head
+    paper_losses: np.ndarray  # float64 [texts], nats
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a model says on one corpus, beside the original. Losses in nats."""
+
+    window_losses: np.ndarray  # float64 [windows], summed over the window's targets
+    window_targets: np.ndarray  # int64 [windows]
+    original_window_losses: np.ndarray  # float64 [windows]
+    kl: np.ndarray  # float32 [targets], KL(original || model) in nats
+    agreement: float  # share of targets at which both find the same token most likely
+    paper_losses: np.ndarray  # float64 [texts]
+    original_paper_losses: np.ndarray  # float64 [texts]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A paired difference of losses with its 95 % interval, nats per token."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval excludes 0; a difference of exactly 0 is resolved."""
+        return self.low > 0 or self.high < 0 or (self.low == self.high == 0)
+
+
+# --- windows and texts ---------------------------------------------------------------------------------------------
+
+
+def windows(ids: np.ndarray, context: int) -> list[np.ndarray]:
+    """Non-overlapping windows of `context` tokens, the last one shorter (kept if it has a target)."""
+    cut = [ids[i : i + context] for i in range(0, ids.size, context)]
+    return [w for w in cut if w.size > 1]
+
+
+def paper_texts(split: TokenizedSplit, protocol: PaperProtocol, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """The paper's inputs: ids and attention mask, int64 [texts, length].
+
+    The first max(protocol.texts) texts longer than `longer_than` characters, cut to `length` tokens or padded with
+    `pad` (EOS) on the right. All positions are labels, pads included; the mask keeps pads from being attended to, as
+    the tokenizer's own padding does.
+    """
+    chosen = np.flatnonzero(split.text_lengths > protocol.longer_than)[: max(protocol.texts)]
+    if not chosen.size:
+        raise InputError(f"no text is longer than {protocol.longer_than} characters; the paper's protocol needs one")
+    ids = np.full((chosen.size, protocol.length), pad, np.int64)
+    mask = np.zeros_like(ids)
+    for row, index in enumerate(chosen):
+        text = split.text(int(index))[: protocol.length]
+        ids[row, : text.size], mask[row, : text.size] = text, 1
+    return ids, mask
+
+
+# --- running a model -----------------------------------------------------------------------------------------------
+
+
+def hidden_states(model: PreTrainedModel, ids: np.ndarray, context: int, batch_tokens: int) -> Iterator[Tensor]:
+    """The states before the head of each window in turn, float32 [window, width]."""
+    cut = windows(ids, context)
+    batch = max(1, batch_tokens // context)
+    full = len(cut) - (len(cut[-1]) < context)
+    groups = [cut[i : min(i + batch, full)] for i in range(0, full, batch)] + [[w] for w in cut[full:]]
+    for group in groups:
+        with torch.inference_mode():
+            yield from model.base_model(torch.from_numpy(np.stack(group).astype(np.int64)), use_cache=False)[0]
+
+
+def paper_losses(model: PreTrainedModel, split: TokenizedSplit, protocol: PaperProtocol) -> np.ndarray:
+    """Mean loss of each text by the paper's protocol, float64 [texts], nats."""
+    pad = int(_first(model.config.eos_token_id))
+    losses = []
+    for ids, mask in zip(*paper_texts(split, protocol, pad), strict=True):
+        text = torch.from_numpy(ids)[None]
+        with torch.inference_mode():
+            logits = model(text, attention_mask=torch.from_numpy(mask)[None], use_cache=False).logits[0, :-1]
+            losses.append(functional.cross_entropy(logits.double(), text[0, 1:]).item())
+    return np.array(losses)
+
+
+def original_outputs(
+    model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
+) -> Baseline:
+    """Run the original model once. Arguments: `context`, tokens per window."""
+    count = len(windows(split.ids, context))
+    states = hidden_states(model, split.ids, context, settings.batch_tokens)
+    hidden = torch.cat([next(states) for _ in progress(range(count), "windows")])
+    return Baseline(hidden.numpy(), paper_losses(model, split, settings.paper))
+
+
+def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
+    """The original model's last step, hidden states [n, width] -> logits [n, vocabulary]."""
+    weight = Checkpoint.open(directory, index).read(index.head)
+    return lambda hidden: functional.linear(hidden, weight)
+
+
+def measure(
+    model: PreTrainedModel,
+    head: Callable[[Tensor], Tensor],
+    baseline: Baseline,
+    split: TokenizedSplit,
+    settings: Evaluation,
+    context: int,
+    progress: Progress,
+) -> Losses:
+    """Run a model and compare. Arguments: `head`, the original model's, to make its logits from `baseline.hidden`."""
+    cut = windows(split.ids, context)
+    states = hidden_states(model, split.ids, context, settings.batch_tokens)
+    own_head = model.get_output_embeddings()
+    rows, kls, agreed, start = [], [], 0, 0
+    for window in progress(cut, "windows"):
+        targets = torch.from_numpy(window[1:].astype(np.int64))
+        original = torch.from_numpy(baseline.hidden[start : start + window.size])
+        start += window.size
+        with torch.inference_mode():
+            loss, kl, same, original_loss = _compare(own_head(next(states)[:-1]), head(original[:-1]), targets)
+        rows.append((loss, original_loss, len(targets)))
+        kls.append(kl)
+        agreed += same
+    losses, original_losses, counts = (np.array(column) for column in zip(*rows, strict=True))
+    return Losses(
+        window_losses=losses,
+        window_targets=counts.astype(np.int64),
+        original_window_losses=original_losses,
+        kl=np.concatenate(kls),
+        agreement=agreed / int(counts.sum()),
+        paper_losses=paper_losses(model, split, settings.paper),
+        original_paper_losses=baseline.paper_losses,
+    )
+
+
+def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, np.ndarray, int, float]:
+    """Summed loss, KL [targets], equal arg maxima, summed loss of the original; logits float32 [targets, vocabulary]."""
+    log_q, log_p = logits.float().log_softmax(-1), original.float().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    same = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+    picked = (-lp.gather(-1, targets[:, None]).double().sum().item() for lp in (log_q, log_p))
+    loss, original_loss = picked
+    return loss, kl.numpy(), same, original_loss
+
+
+def _first(value: int | Sequence[int] | None) -> int:
+    if value is None:
+        raise InputError("config.json: no eos_token_id; the paper's protocol pads with it")
+    return value if isinstance(value, int) else value[0]
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------
+
+
+def paired_interval(losses: Losses, settings: Evaluation) -> Interval:
+    """The rise in loss per token and its 95 % interval, by a block bootstrap over contiguous windows.
+
+    Windows of one text are not independent, so blocks of `settings.block` windows are drawn, at least
+    `settings.resamples` times; each draw's rise is the ratio of its summed differences to its targets.
+    """
+    differences = losses.window_losses - losses.original_window_losses
+    return bootstrap(differences, losses.window_targets, settings.block, settings.resamples, settings.seed)
+
+
+def bootstrap(differences: np.ndarray, targets: np.ndarray, block: int, resamples: int, seed: int) -> Interval:
+    """Percentile interval of sum(differences) / sum(targets); both [windows]."""
+    starts = np.arange(0, differences.size, block)
+    sums, counts = np.add.reduceat(differences, starts), np.add.reduceat(targets, starts)
+    draws = np.random.default_rng(seed).integers(0, starts.size, (resamples, starts.size))
+    ratios = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Interval(float(differences.sum() / targets.sum()), float(low), float(high))
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def quality_figures(losses: Losses, settings: Evaluation) -> dict[str, Any]:
+    """The `quality.<corpus>` block of the metrics."""
+    tokens = int(losses.window_targets.sum())
+    loss, original = losses.window_losses.sum() / tokens, losses.original_window_losses.sum() / tokens
+    interval = paired_interval(losses, settings)
+    return {
+        "loss": rounded(loss),
+        "perplexity": rounded(np.exp(loss)),
+        "tokens": tokens,
+        "delta_loss": rounded(interval.difference),
+        "delta_loss_ci95": [rounded(interval.low), rounded(interval.high)],
+        "delta_loss_percent": rounded(100 * interval.difference / original),
+        "resolved": interval.resolved,
+        "kl_mean": rounded(losses.kl.mean(dtype=np.float64)),
+        "kl_p99": rounded(np.quantile(losses.kl.astype(np.float64), 0.99)),
+        "top1_agreement": rounded(losses.agreement),
+    }
+
+
+def paper_figures(losses: Losses, protocol: PaperProtocol) -> dict[str, Any]:
+    """The `paper.<corpus>` block of the metrics: the first sample count, and all of them under `by_count`."""
+    by_count = {str(n): _paper_row(losses, n) for n in protocol.texts if n <= losses.paper_losses.size}
+    first = min(protocol.texts[0], losses.paper_losses.size)
+    return {**_paper_row(losses, first), "by_count": by_count}
+
+
+def _paper_row(losses: Losses, count: int) -> dict[str, Any]:
+    loss, original = losses.paper_losses[:count].mean(), losses.original_paper_losses[:count].mean()
+    return {
+        "loss": rounded(loss),
+        "perplexity": rounded(np.exp(loss)),
+        "delta_loss_percent": rounded(100 * (loss - original) / original),
+        "texts": count,
+    }
+
+
+def rounded(value: float | np.floating[Any], digits: int = 6) -> float:
+    """Six significant digits: what float32 arithmetic on another machine may change is left out."""
+    return float(f"{float(value):.{digits}g}")

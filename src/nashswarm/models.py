@@ -1,0 +1,309 @@
+"""Checkpoints on disk: what may be loaded, which tensors a model has, and their weights in canonical orientation.
+
+Only safetensors are read. Weights are taken one tensor at a time; a whole model is built only where it must run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from nashswarm.types import InputError, Kind, ModelIndex, Part, Progress, TensorSpec, VectorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What a packed directory needs beside its weights to stand alone; absent ones are skipped.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+# --- what lies in a model directory --------------------------------------------------------------------------------
+
+
+def checkpoint_files(directory: Path) -> tuple[str, ...]:
+    """The files of a model directory that the project uses, sorted: weights and companions.
+
+    Raises InputError where the directory, its config.json or its safetensors are missing, where shards leave the
+    directory, and where the config asks for remote code.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such model directory; check `path` under `models` in params.yaml")
+    config = _read_json(directory / "config.json")
+    if "auto_map" in config:
+        raise InputError(f"{directory / 'config.json'}: `auto_map` asks to run code from the checkpoint; that is refused")
+    weights = _weight_files(directory)
+    for name in weights:
+        _confined(directory, name)
+    return tuple(sorted({*weights, *(n for n in COMPANIONS if (directory / n).is_file())}))
+
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"{index}: no `weight_map`; download the checkpoint again")
+        return [index.name, *sorted(set(shards.values()))]
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened and are refused; "
+            "save the model with `save_pretrained(directory, safe_serialization=True)`"
+        )
+    raise InputError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def _confined(directory: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    inside = (directory / name).resolve().is_relative_to(directory.resolve()) or not (directory / name).is_symlink()
+    if pure.is_absolute() or len(pure.parts) != 1 or "\\" in name or pure.parts[0] == ".." or not inside:
+        raise InputError(f"{directory}: shard name {name!r} leaves the directory; that is refused")
+    if not (directory / name).is_file():
+        raise InputError(f"{directory / name}: this shard is named by the index but missing; download it again")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; a model directory needs it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return document
+
+
+# --- which tensors a model has -------------------------------------------------------------------------------------
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """The model's modules without memory for weights (on the meta device), heads tied as the config says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {error}") from error
+    return model  # type: ignore[no-any-return]
+
+
+def describe(directory: Path) -> ModelIndex:
+    """List every parameter in the model's own order; a tied matrix once, under its first name."""
+    model = skeleton(directory)
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    blocks = block_path(model)
+    tensors, vectors = [], []
+    for first, *others in names.values():
+        shape = tuple(parameters[first].shape)
+        if len(shape) == 2:
+            tensors.append(_tensor_spec(model, first, others, shape, blocks))
+        else:
+            vectors.append(VectorSpec(first, shape))
+    config = model.config
+    return ModelIndex(
+        architecture=type(model).__name__,
+        context=int(config.max_position_embeddings),
+        vocabulary=int(config.vocab_size),
+        head=_head_name(model, names),
+        layers=len(model.get_submodule(blocks)),  # type: ignore[arg-type]
+        tensors=tuple(tensors),
+        vectors=tuple(vectors),
+    )
+
+
+def _head_name(model: PreTrainedModel, names: dict[int, list[str]]) -> str:
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise InputError(f"{type(model).__name__}: a head that is one matrix without bias is needed")
+    return names[id(head.weight)][0]
+
+
+def block_path(model: nn.Module) -> str:
+    """The name of the list of transformer blocks, e.g. transformer.h. Raises InputError where there is none."""
+    lists = [(len(m), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of transformer blocks found; this architecture is not supported")
+    return max(lists, key=lambda pair: (pair[0], -len(pair[1])))[1]
+
+
+def _tensor_spec(model: nn.Module, name: str, others: list[str], shape: tuple[int, ...], blocks: str) -> TensorSpec:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    kind = _kind(owner)
+    inside = re.match(re.escape(blocks) + r"\.(\d+)\.", name)
+    owners = [owner, *(model.get_submodule(n.rpartition(".")[0]) for n in others)]
+    return TensorSpec(
+        name=name,
+        shape=(shape[1], shape[0]) if kind == "conv1d" else (shape[0], shape[1]),
+        kind=kind,
+        part=_part(name, kind, bool(inside)),
+        layer=int(inside[1]) if inside else None,
+        tied=tuple(others),
+        linear=any(isinstance(m, nn.Linear) for m in owners),
+    )
+
+
+def _kind(owner: nn.Module) -> Kind:
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "conv1d" if type(owner).__name__ == "Conv1D" else "linear"
+
+
+def _part(name: str, kind: Kind, inside: bool) -> Part:
+    if kind == "embedding":
+        return "embedding"
+    if not inside:
+        return "head" if "lm_head" in name else "other"
+    return "attention" if re.search(r"attn|attention", name) else "mlp"
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Reads single tensors of a model directory."""
+
+    directory: Path
+    keys: dict[str, tuple[str, str]]  # parameter's name -> (file, key in the file)
+
+    @classmethod
+    def open(cls, directory: Path, index: ModelIndex) -> Checkpoint:
+        """Find every parameter of `index` in the files. Raises InputError for one that is missing or misshapen."""
+        found: dict[str, tuple[str, str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in checkpoint_files(directory):
+            if name.endswith(".safetensors"):
+                with _safe_open(directory / name) as file:
+                    for key in file.keys():  # noqa: SIM118 (not a dict)
+                        found[key] = (name, key)
+                        shapes[key] = tuple(file.get_slice(key).get_shape())
+        keys = {}
+        for tensor in index.tensors:
+            key = _find_key((tensor.name, *tensor.tied), found, directory)
+            stored = tensor.shape[::-1] if tensor.kind == "conv1d" else tensor.shape
+            _check_shape(directory, key, shapes[key], stored)
+            keys[tensor.name] = found[key]
+        for vector in index.vectors:
+            key = _find_key((vector.name,), found, directory)
+            _check_shape(directory, key, shapes[key], vector.shape)
+            keys[vector.name] = found[key]
+        return cls(directory, keys)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """The matrix in canonical orientation, float32 [out, in], contiguous."""
+        weight = self.read(spec.name)
+        return weight.T.contiguous() if spec.kind == "conv1d" else weight
+
+    def vector(self, spec: VectorSpec) -> Tensor:
+        """The parameter, float32."""
+        return self.read(spec.name)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter as it is stored, float32. Raises InputError for values that are not finite."""
+        file_name, key = self.keys[name]
+        with _safe_open(self.directory / file_name) as file:
+            if file.get_slice(key).get_dtype() not in FLOATS:
+                raise InputError(f"{self.directory / file_name}: {key} is {file.get_slice(key).get_dtype()}, no float")
+            value: Tensor = file.get_tensor(key).float()
+        if not bool(value.isfinite().all()):
+            bad = int((~value.isfinite()).sum())
+            raise InputError(f"{self.directory / file_name}: {key} holds {bad} values that are NaN or infinite")
+        return value
+
+
+def check_finite(directory: Path, index: ModelIndex, progress: Progress) -> None:
+    """Read every tensor once. Raises InputError for the first that holds a NaN or an infinity."""
+    checkpoint = Checkpoint.open(directory, index)
+    for name in progress(list(checkpoint.keys), "check weights"):
+        checkpoint.read(name)
+
+
+def _safe_open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); download or save it again") from error
+
+
+def _find_key(names: tuple[str, ...], found: dict[str, Any], directory: Path) -> str:
+    """A checkpoint may leave out the name of the inner model ('transformer.', 'model.') or have one more of it."""
+    for name in names:
+        inner = name.partition(".")[2]
+        for candidate in (name, inner, f"model.{name}"):
+            if candidate in found:
+                return candidate
+    raise InputError(f"{directory}: the checkpoint has no weights for {names[0]}; is it for this config.json?")
+
+
+def _check_shape(directory: Path, key: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
+        raise InputError(f"{directory}: {key} has shape {list(got)}, but config.json says {list(expected)}")
+
+
+def load_model(directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTrainedModel:
+    """A float32 model in evaluation mode with these weights: (parameter's name, canonical tensor), each exactly once.
+
+    Raises InputError where a parameter got no weights: nothing is ever left at random.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    missing = {id(p): n for n, p in model.named_parameters()}
+    for name, value in weights:
+        parameter = model.get_parameter(name)
+        conv1d = value.dim() == 2 and _kind(model.get_submodule(name.rpartition(".")[0])) == "conv1d"
+        parameter.data.copy_(value.T if conv1d else value)
+        missing.pop(id(parameter))
+    if missing:
+        raise InputError(f"{directory}: no weights came for {', '.join(sorted(missing.values())[:3])}")
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:
+    """The checkpoint's own model, float32."""
+    checkpoint = Checkpoint.open(directory, index)
+    tensors = ((t.name, checkpoint.tensor(t)) for t in index.tensors)
+    vectors = ((v.name, checkpoint.vector(v)) for v in index.vectors)
+    return load_model(directory, (pair for group in (tensors, vectors) for pair in group))
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, from local files alone."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{directory}: transformers cannot load a tokenizer from here: {error}") from error

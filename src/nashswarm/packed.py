@@ -1,0 +1,178 @@
+"""The file format: a directory of a packed model, written whole or not at all, verified whenever it is opened.
+
+    manifest.json        format version, method, certificate, source, shapes, and SHA-256 and size of every other file
+    packed.safetensors   `<tensor>.<part>` for each packed array (codes, scales, zeros, map, tables), and `vectors`
+    config.json, ...     what transformers needs beside weights
+
+This module knows arrays and hashes, not algorithms: `loading` has the codecs decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from nashswarm.artifacts import fresh_directory, sha256_file, write_bytes
+from nashswarm.models import COMPANIONS
+from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
+
+FORMAT = 1
+MANIFEST, PAYLOAD = "manifest.json", "packed.safetensors"
+FP32_BYTES = 4
+
+
+class PackedError(InputError):
+    """A packed directory that cannot be trusted or read; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a packed model comes from and how it was made."""
+
+    model: str
+    architecture: str
+    parameters: int
+    source: str
+    id: str | None
+    revision: str | None
+    method: Mapping[str, Any]  # the method's block of params.yaml, defaults filled in
+    certificate: Mapping[str, Any]  # of the allocation
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """A verified packed directory. Arrays are read-only views of the file's bytes."""
+
+    directory: Path
+    provenance: Provenance
+    tensors: Mapping[str, PackedTensor]
+    vectors: Mapping[str, np.ndarray]  # float16
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Bytes on disk, config and tokenizer aside, and what they are for. The parts sum to `file_bytes`."""
+
+    file_bytes: int
+    parts: Mapping[str, int]
+    matrix_bytes: int  # of the quantized matrices: codes and their side information
+
+
+def write_packed(
+    directory: Path,
+    provenance: Provenance,
+    tensors: Iterable[tuple[str, PackedTensor]],
+    vectors: Iterable[tuple[VectorSpec, np.ndarray]],
+    companions: Path,
+) -> None:
+    """Write a packed directory in the place of `directory`.
+
+    Arguments: `tensors` in the model's order, each made when its turn comes; `vectors`, float32; `companions`, the
+    directory whose config and tokenizer go along. Raises NashSwarmError where float16 cannot hold a vector.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    entries: dict[str, Any] = {}
+    for name, packed in tensors:
+        arrays |= {f"{name}.{part}": np.ascontiguousarray(array) for part, array in packed.arrays.items()}
+        entries[name] = {"codec": packed.codec, "shape": packed.shape, **packed.scalars}
+    specs, values = [], []
+    for spec, value in vectors:
+        specs.append((spec.name, list(spec.shape)))
+        values.append(_to_float16(spec.name, value))
+    if values:
+        arrays["vectors"] = np.concatenate([v.reshape(-1) for v in values])
+    with fresh_directory(directory) as target:
+        write_bytes(target / PAYLOAD, save(arrays))
+        for name in COMPANIONS:
+            if (companions / name).is_file():
+                shutil.copyfile(companions / name, target / name)
+        manifest = {
+            "format": FORMAT,
+            "provenance": dataclasses.asdict(provenance),
+            "tensors": entries,
+            "vectors": dict(specs),
+            "files": {p.name: [p.stat().st_size, sha256_file(p)] for p in sorted(target.iterdir())},
+        }
+        write_bytes(target / MANIFEST, json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def open_packed(directory: Path) -> PackedModel:
+    """Read a packed directory; every file's size and SHA-256 is compared first. Raises PackedError."""
+    manifest = _read_manifest(directory)
+    listed = manifest["files"]
+    for name, (size, expected) in listed.items():
+        path = directory / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            raise PackedError(f"{path}: the manifest lists this file, but it is not there; get the directory again")
+        if path.stat().st_size != size:
+            raise PackedError(f"{path}: {path.stat().st_size} bytes, expected {size}; get the directory again")
+        if sha256_file(path) != expected:
+            raise PackedError(f"{path}: the SHA-256 is not that of the manifest; the file is corrupt, get it again")
+    stray = {p.name for p in directory.iterdir()} - set(listed) - {MANIFEST}
+    if stray & {PAYLOAD, *COMPANIONS}:
+        raise PackedError(f"{directory}: {sorted(stray)[0]} is not listed in the manifest; get the directory again")
+    try:
+        arrays = load((directory / PAYLOAD).read_bytes())
+    except SafetensorError as error:
+        raise PackedError(f"{directory / PAYLOAD}: not a valid safetensors file ({error})") from error
+    return _assemble(directory, manifest, arrays)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PackedError(f"{directory}: no {MANIFEST}; this is not a packed directory") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PackedError(f"{path}: not valid JSON ({error}); get the directory again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise PackedError(f"{path}: format {found!r}, this version reads format {FORMAT}")
+    return manifest
+
+
+def _assemble(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PackedModel:
+    parts: Counter[str] = Counter()
+    tensors: dict[str, PackedTensor] = {}
+    by_tensor: dict[str, dict[str, np.ndarray]] = {name: {} for name in manifest["tensors"]}
+    for key, array in arrays.items():
+        name, _, part = key.rpartition(".")
+        if key != "vectors":
+            by_tensor[name][part] = array
+        parts[part or key] += array.nbytes
+    for name, entry in manifest["tensors"].items():
+        scalars = {k: v for k, v in entry.items() if k not in ("codec", "shape")}
+        tensors[name] = PackedTensor(entry["codec"], tuple(entry["shape"]), by_tensor[name], scalars)
+    vectors, start = {}, 0
+    for name, shape in manifest["vectors"].items():
+        count = int(np.prod(shape))
+        vectors[name] = arrays["vectors"][start : start + count].reshape(shape)
+        start += count
+    provenance = Provenance(**manifest["provenance"])
+    matrix_bytes = sum(a.nbytes for t in tensors.values() if t.codec != "kept" for a in t.arrays.values())
+    if any(t.codec == "source" for t in tensors.values()):
+        size = Size(provenance.parameters * FP32_BYTES, {"source": provenance.parameters * FP32_BYTES}, 0)
+    else:
+        total = sum((directory / n).stat().st_size for n in (MANIFEST, PAYLOAD))
+        size = Size(total, {**parts, "headers": total - sum(parts.values())}, matrix_bytes)
+    return PackedModel(directory, provenance, tensors, vectors, size)
+
+
+def _to_float16(name: str, value: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        half = value.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise NashSwarmError(f"{name}: values reach {np.abs(value).max():.3g}, beyond float16; this vector cannot be packed")
+    return half

@@ -1,0 +1,35 @@
+"""A method as a document, and the source files that it alone brings into a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from nashswarm.artifacts import read_json
+from nashswarm.config import Method, parse_method
+
+KEPT = "kept"  # the codec of what a method leaves alone
+
+
+def method_document(method: Method) -> dict[str, Any]:
+    """A method as one flat block, as it may stand in params.yaml, defaults filled in."""
+    document = dataclasses.asdict(method)
+    del document["name"]
+    return {**document.pop("allocator_settings"), **document.pop("codec_settings"), **document}
+
+
+def read_recipe(path: Path) -> Method:
+    """The method of data/methods/<method>.json."""
+    return parse_method(path.stem, read_json(path)["settings"])
+
+
+def method_files(source: Path, method: Method) -> list[Path]:
+    """The files, below `source`, that are found by the names in a method."""
+    package = source / "nashswarm"
+    return [
+        package / "importance" / f"{method.importance}.py",
+        package / "allocators" / f"{method.allocator}.py",
+        package / "codecs" / f"{method.codec}.py",
+        package / "codecs" / f"{KEPT}.py",
+    ]

@@ -1,0 +1,277 @@
+"""What the original model says of its matrices: second moments of inputs, Fisher information of outputs.
+
+Layer by layer: the inputs of every block are kept (on disk, as they are large), then blocks are visited from the last
+to the first; each is run again with the gradient of its output at hand, so that only one block's statistics are in
+memory at a time. This is activation checkpointing with the loop over layers outside.
+
+Labels are drawn from the model, not taken from the text: their gradients' second moment is then the Fisher information,
+which is the Hessian of KL(original || quantized) (Kunstner et al., 2019, arXiv:1905.12558).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from nashswarm.config import Scoring
+from nashswarm.models import block_path
+from nashswarm.types import InputError, ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FREQUENCY_PRIOR = 0.5  # lookups added to each row: a token that calibration missed is rare, not impossible
+
+
+def gather(
+    model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, scoring: Scoring, progress: Progress
+) -> Iterator[tuple[TensorSpec, Statistics]]:
+    """The statistics of every matrix, one at a time, head first, then blocks from last to first, then embeddings.
+
+    Arguments: `model` in float32, not training; `ids`, int32 [tokens], of the calibration split.
+    Raises InputError where `ids` do not fill a window, NashSwarmError where a matrix was never run.
+    """
+    run = _Run.prepare(model, index, ids, scoring)
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, run.file(Path(scratch)) as inputs:
+        lookups = run.forward(inputs, progress)
+        gradients = torch.empty(inputs.shape[1:])
+        head = run.head(inputs[-1], gradients, scoring.seed, progress)
+        yield from run.named(head, lambda t: t.layer is None and t.kind != "embedding")
+        for layer in progress(range(len(run.blocks) - 1, -1, -1), "layers"):
+            yield from run.named(run.block(layer, inputs[layer], gradients), lambda t, at=layer: t.layer == at)  # type: ignore[misc]
+        yield from run.embeddings(lookups, head, gradients)
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens for one projection."""
+
+    second: Tensor | None = None  # float64 [in, in]
+    fisher: Tensor | None = None  # float64 [out]
+    tokens: int = 0
+
+    def add_input(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        product = (x.T @ x).double()  # float32 within a batch of some thousand tokens, float64 across batches
+        self.second = product if self.second is None else self.second.add_(product)
+        self.tokens += x.shape[0]
+
+    def add_gradient(self, g: Tensor) -> None:
+        square = g.reshape(-1, g.shape[-1]).square().sum(0, dtype=torch.float64)
+        self.fisher = square if self.fisher is None else self.fisher.add_(square)
+
+    def statistics(self, name: str) -> Statistics:
+        if self.second is None or self.fisher is None or not bool(self.second.diagonal().any()):
+            raise NashSwarmError(f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros")
+        return Statistics(_float32(self.second / self.tokens), _float32(self.fisher / self.tokens))
+
+
+@dataclass
+class _Run:
+    model: PreTrainedModel
+    index: ModelIndex
+    windows: Tensor  # int64 [windows, context]
+    batch: int  # windows per pass
+    blocks: nn.ModuleList
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # of the blocks, for each batch
+
+    @classmethod
+    def prepare(cls, model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, scoring: Scoring) -> _Run:
+        context = min(index.context, 1024)
+        count = min(ids.size, scoring.tokens) // context or min(1, ids.size // context)
+        if not count:
+            raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")
+        windows = torch.from_numpy(ids[: count * context].astype(np.int64)).view(count, context)
+        blocks = model.get_submodule(block_path(model))
+        assert isinstance(blocks, nn.ModuleList)
+        return cls(model, index, windows, max(1, scoring.batch_tokens // context), blocks)
+
+    def batches(self) -> list[slice]:
+        return [slice(i, i + self.batch) for i in range(0, len(self.windows), self.batch)]
+
+    @contextmanager
+    def file(self, scratch: Path) -> Iterator[Tensor]:
+        """float32 [blocks + 1, windows, context, width] on disk: the inputs of every block, and the last one's output."""
+        shape = (len(self.blocks) + 1, *self.windows.shape, self.model.config.hidden_size)
+        yield torch.from_numpy(np.memmap(scratch / "inputs", np.float32, "w+", shape=shape))
+
+    def forward(self, inputs: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Fill `inputs`, remember how blocks are called, and count lookups: name of a table -> float64 [rows]."""
+        recorder = _LookupRecorder(self.names)
+        for batch in progress(self.batches(), "inputs of layers"):
+            recorder.tokens = self.windows[batch].numel()
+            with torch.no_grad(), recorder, _recording(self.blocks, inputs[:, batch], self.calls):
+                self.model.base_model(self.windows[batch], use_cache=False)
+        return recorder.counts
+
+    def head(self, outputs: Tensor, gradients: Tensor, seed: int, progress: Progress) -> dict[str, _Moments]:
+        """Statistics of what follows the blocks; fills `gradients` with d loss / d output of the last block."""
+        generator = torch.Generator().manual_seed(seed)
+        head = self.model.get_output_embeddings()
+        moments = {self._name_of(head): _Moments()}
+        for batch in progress(self.batches(), "head"):
+            hidden = outputs[batch].clone().requires_grad_()
+            with _replaced_blocks(self.model, self.blocks, hidden), _hooked({self._name_of(head): head}, moments, False):
+                logits = self.model(self.windows[batch], use_cache=False).logits.float().flatten(0, 1)
+            p = logits.detach().softmax(-1)
+            labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
+            moments[self._name_of(head)].add_gradient((p * (1 - p)).sqrt())
+            functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            assert hidden.grad is not None
+            gradients[batch] = hidden.grad
+        return moments
+
+    def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
+        """Statistics of one block; turns `gradients` from those of its output into those of its input."""
+        block = self.blocks[layer]
+        modules = {self._name_of(m): m for m in block.modules() if _is_projection(m)}
+        moments = {name: _Moments() for name in modules}
+        with _hooked(modules, moments, True):
+            for batch, (arguments, keywords) in zip(self.batches(), self.calls, strict=True):
+                hidden = inputs[batch].clone().requires_grad_()
+                output = block(hidden, *arguments, **keywords)
+                (output[0] if isinstance(output, tuple) else output).backward(gradients[batch])
+                assert hidden.grad is not None
+                gradients[batch] = hidden.grad
+        return moments
+
+    def named(
+        self, moments: dict[str, _Moments], wanted: Callable[[TensorSpec], bool]
+    ) -> Iterator[tuple[TensorSpec, Statistics]]:
+        for tensor in self.index.tensors:
+            if wanted(tensor):
+                yield tensor, moments.get(tensor.name, _Moments()).statistics(tensor.name)
+
+    def embeddings(
+        self, lookups: dict[str, Tensor], head: dict[str, _Moments], gradients: Tensor
+    ) -> Iterator[tuple[TensorSpec, Statistics]]:
+        """Tables: how often each row is looked up, and the Fisher information of the first block's input."""
+        width = gradients.shape[-1]
+        fisher = gradients.view(-1, width).square().mean(0, dtype=torch.float64)
+        for tensor in self.index.tensors:
+            if tensor.kind != "embedding":
+                continue
+            if tensor.name not in lookups:
+                raise NashSwarmError(f"{tensor.name}: no row of this table was looked up during calibration")
+            counts = lookups[tensor.name] + FREQUENCY_PRIOR
+            per_token = counts / self.windows.numel()
+            # A table narrower than the blocks (OPT-350M projects it) has no gradient of its own: the mean stands in.
+            own = fisher if tensor.shape[1] == width else fisher.mean().expand(tensor.shape[1])
+            use = head[tensor.name].statistics(tensor.name) if tensor.name in head else Statistics()
+            yield tensor, Statistics(use.second_moment, use.fisher, _float32(per_token), _float32(own))
+
+    def _name_of(self, module: nn.Module) -> str:
+        """The canonical name of a module's weight."""
+        return self.names[id(module.weight)]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Identity of each matrix -> its name."""
+        return {id(self.model.get_parameter(t.name)): t.name for t in self.index.tensors}
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _float32(value: Tensor) -> np.ndarray:
+    return value.float().contiguous().numpy()
+
+
+class _LookupRecorder(TorchFunctionMode):
+    """Counts the rows that nn.functional.embedding looks up; a module's own arguments may be offset from them (OPT)."""
+
+    def __init__(self, tables: dict[int, str]) -> None:
+        super().__init__()
+        self.tables = tables
+        self.tokens = 0  # of the batch under way
+        self.counts: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.embedding:
+            rows, weight = args[0], args[1]
+            name = self.tables.get(id(weight))
+            if name:
+                # Positions come as one row of indices that is broadcast over the batch: each stands for several tokens.
+                repeats = self.tokens / rows.numel()
+                count = torch.bincount(rows.flatten(), minlength=weight.shape[0]).double() * repeats
+                self.counts[name] = self.counts[name] + count if name in self.counts else count
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _recording(blocks: nn.ModuleList, inputs: Tensor, calls: list[Any]) -> Iterator[None]:
+    """Write the blocks' inputs, and the last one's output, to `inputs` [blocks + 1, ...]; keep the first one's call."""
+
+    def before(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs[layer] = args[0]
+            if layer == 0:
+                calls.append((args[1:], keywords))
+
+        return hook
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        inputs[len(blocks)] = output[0] if isinstance(output, tuple) else output
+
+    handles = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(blocks)]
+    handles.append(blocks[-1].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Stub(nn.Module):
+    """Stands in for all blocks: returns what they returned."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **keywords: Any) -> Tensor:
+        return self.output
+
+
+@contextmanager
+def _replaced_blocks(model: nn.Module, blocks: nn.ModuleList, output: Tensor) -> Iterator[None]:
+    path, _, leaf = block_path(model).rpartition(".")
+    owner = model.get_submodule(path)
+    setattr(owner, leaf, nn.ModuleList([_Stub(output)]))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, blocks)
+
+
+@contextmanager
+def _hooked(modules: dict[str, nn.Module], moments: dict[str, _Moments], gradients: bool) -> Iterator[None]:
+    """Add every input (and output gradient) of `modules` to `moments`."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            moments[name].add_input(args[0].detach())
+            if gradients:
+                output.register_hook(moments[name].add_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

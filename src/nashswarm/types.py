@@ -1,0 +1,147 @@
+"""The records that pass between the parts of the pipeline. All are frozen; none knows a file or an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:  # allocators use these records and must not need torch
+    from torch import Tensor
+
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop and shows how far it is; title second
+Kind = Literal["linear", "conv1d", "embedding"]
+Part = Literal["attention", "mlp", "embedding", "head", "other"]
+
+
+class NashSwarmError(Exception):
+    """An error that a user can act on: it names the culprit (key, tensor, file), what came, and the fix."""
+
+
+class InputError(NashSwarmError):
+    """What the user handed in (a model, a text, a setting) cannot be used as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One weight matrix of the model, in canonical orientation (out, in); a tied matrix is one TensorSpec.
+
+    An embedding's rows are its tokens: (vocabulary, width), the orientation of the head that may be tied to it.
+    """
+
+    name: str  # the parameter's name in the model, e.g. transformer.h.0.attn.c_attn.weight
+    shape: tuple[int, int]  # (out, in)
+    kind: Kind  # of the module that owns it; conv1d is stored (in, out)
+    part: Part
+    layer: int | None  # index of the transformer block, None outside of the blocks
+    tied: tuple[str, ...] = ()  # further names of the same matrix
+    linear: bool = False  # whether isinstance(module, nn.Linear) finds it, under any of its names
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """A parameter that is no matrix (norms, biases): kept as fp16 and counted."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIndex:
+    """Every parameter of a model, in the order in which the pipeline visits them."""
+
+    architecture: str  # class name, e.g. GPT2LMHeadModel
+    context: int  # longest window in tokens
+    vocabulary: int
+    head: str  # name of the matrix that makes logits of the last hidden states
+    layers: int
+    tensors: tuple[TensorSpec, ...]
+    vectors: tuple[VectorSpec, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(t.weights for t in self.tensors) + sum(int(np.prod(v.shape)) for v in self.vectors)
+
+    def scope(self, scope: str) -> tuple[TensorSpec, ...]:
+        """The matrices that a method quantizes: 'linear' is what isinstance(nn.Linear) finds, 'all' is all."""
+        return tuple(t for t in self.tensors if scope == "all" or t.linear)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one tensor brings to the allocator.
+
+    `importance` is the flattened importance map (float32, out * in), for allocators that rank single weights.
+    """
+
+    tensor: TensorSpec
+    importance: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the allocator bought for one tensor: one width, or classes of weights split by importance."""
+
+    bits: int | None = None
+    classes: tuple[int, ...] = ()  # bits of each class, in rising importance
+    thresholds: tuple[float, ...] = ()  # importance at which the next class begins (len(classes) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The bits of every tensor, and the certificate of the market that bought them (None where there was none)."""
+
+    choices: Mapping[str, Choice]
+    histogram: Mapping[int, int]  # bits -> weights
+    price: float | None = None  # nats per byte
+    largest_deviation_gain: float | None = None  # nats
+    duality_gap: float | None = None  # nats
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What calibration says of one matrix W, all averaged over calibration tokens.
+
+    As a projection y = W x: the inputs' second moment and the outputs' Fisher information. As a table whose rows are
+    looked up: how often each row is, and the Fisher information of the looked-up values. A tied matrix has both. The
+    rise in loss that an error E of W causes, in nats per token, is then
+
+        1/2 sum_r fisher_r (E second_moment E^T)_rr + 1/2 sum_rj frequency_r lookup_fisher_j E_rj^2
+    """
+
+    second_moment: np.ndarray | None = None  # float32 [in, in], E[x x^T]
+    fisher: np.ndarray | None = None  # float32 [out], E[(d loss / d y)^2] in nats^2, labels drawn from the model
+    frequency: np.ndarray | None = None  # float32 [out], lookups of each row per token
+    lookup_fisher: np.ndarray | None = None  # float32 [in], as fisher, of the values looked up
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that a codec may look at to encode one tensor."""
+
+    tensor: TensorSpec
+    weight: Tensor  # float32 [out, in]
+    choice: Choice
+    importance: Tensor | None = None  # float32 [out, in], where the choice has classes
+    statistics: Statistics | None = None  # where they were asked for and exist
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """One tensor as it lies on disk: named arrays of raw numbers and the few scalars that decoding needs.
+
+    The keys of `arrays` are the parts that the report adds up: codes, scales, zeros, map, tables, source.
+    """
+
+    codec: str
+    shape: tuple[int, int]
+    arrays: Mapping[str, np.ndarray]
+    scalars: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,62 @@
+"""What every stage does first: fixed threads, logging, one-line errors, and an end together with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nashswarm import __version__
+from nashswarm.artifacts import Layout, write_json
+from nashswarm.config import Params, load_params
+from nashswarm.types import NashSwarmError
+
+LAYOUT = Layout()
+PR_SET_PDEATHSIG = 1
+
+
+def run(stage: Callable[..., None]) -> None:
+    """Call a stage with the command line's words; errors of ours end it with one line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if sys.platform == "linux":  # a killed `dvc repro` must not leave a stage writing behind it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    started = time.perf_counter()
+    try:
+        stage(load_params(LAYOUT.params), *sys.argv[1:])
+    except NashSwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    _note_time(time.perf_counter() - started)
+
+
+def set_threads(params: Params) -> None:
+    """Late digits of sums follow the number of threads, so it is fixed."""
+    import torch
+
+    torch.set_num_threads(params.compute.threads)
+
+
+def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, description=title, console=console, disable=not console.is_terminal)
+
+
+def _note_time(seconds: float) -> None:
+    """Times, host and versions lie beside the results, in a folder that neither git nor DVC watches."""
+    name = "-".join([Path(sys.argv[0]).stem, *sys.argv[1:]])
+    facts = {"seconds": round(seconds, 2), "host": platform.platform(), "python": platform.python_version()}
+    versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy") if m in sys.modules}
+    write_json(Path("data/times") / f"{name}.json", {**facts, "cores": os.cpu_count(), "nashswarm": __version__, **versions})
+
+

@@ -1,0 +1,33 @@
+"""Load one packed model from its files and measure it by both protocols, beside the original."""
+
+from __future__ import annotations
+
+from common import LAYOUT, progress, run, set_threads
+
+from nashswarm import artifacts, evaluation, loading, metrics, packed
+from nashswarm.config import Params
+
+
+def main(params: Params, model: str, method: str) -> None:
+    """Write metrics/<model>/<method>.json and data/evaluations/<model>/<method>."""
+    set_threads(params)
+    download = LAYOUT.download(model)
+    index, record = artifacts.read_index(download), artifacts.read_source(download)
+    directory = record.open(LAYOUT.root)
+    opened = packed.open_packed(LAYOUT.packed(model, method))
+    quantized = loading.load_for_evaluation(opened, directory, index)
+    head = evaluation.original_head(directory, index)
+    context = min(index.context, params.evaluation.context)
+    losses = {}
+    with artifacts.fresh_directory(LAYOUT.windows(model, method)) as target:
+        for corpus in params.active.corpora:
+            split = artifacts.read_tokens(download, corpus, "test")
+            baseline = artifacts.read_record(LAYOUT.baseline(model) / f"{corpus}.safetensors", evaluation.Baseline)
+            losses[corpus] = evaluation.measure(quantized, head, baseline, split, params.evaluation, context, progress)
+            artifacts.write_record(target / f"{corpus}.safetensors", losses[corpus])
+        document = metrics.document(opened, index, losses, params.evaluation)
+        artifacts.write_json(LAYOUT.metrics(model, method), document)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,21 @@
+"""Quantize and write real bits: one method on one model."""
+
+from __future__ import annotations
+
+from common import LAYOUT, progress, run, set_threads
+
+from nashswarm import artifacts, quantize
+from nashswarm.config import Params
+from nashswarm.recipes import read_recipe
+
+
+def main(params: Params, model: str, method: str) -> None:
+    """Write data/packed/<model>/<method>."""
+    set_threads(params)
+    recipe = read_recipe(LAYOUT.methods / f"{method}.json")
+    allocation = artifacts.read_allocation(LAYOUT.allocation(model, method))
+    quantize.pack(quantize.open_model(LAYOUT, model), recipe, allocation, LAYOUT.packed(model, method), progress)
+
+
+if __name__ == "__main__":
+    run(main)

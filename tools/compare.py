@@ -1,0 +1,74 @@
+"""Hold the metrics in the working tree against those of a commit, within tolerances for machines that round otherwise.
+
+Sizes may differ by 0.01 % (entropy-coded streams follow late digits), losses by 1e-4 nats, KL by 1 % and 1e-6 nats.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Part of a key -> (relative, absolute) tolerance; the first that fits counts.
+TOLERANCES = {
+    "histogram": (0.001, 2.0),
+    "bytes": (1e-4, 64.0),
+    "parts": (1e-3, 64.0),
+    "kl_": (0.01, 1e-6),
+    "agreement": (0.0, 1e-3),
+    "loss": (1e-4, 1e-4),
+    "percent": (0.02, 5e-3),
+    "perplexity": (1e-3, 0.0),
+}
+DEFAULT = (1e-3, 1e-6)
+
+
+def main(revision: Annotated[str, typer.Argument(help="the commit to compare with")] = "HEAD") -> None:
+    """Print every figure that is off, and exit with 1 if any is."""
+    names = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", revision, "metrics/"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    if not names:
+        print(f"{revision} has no metrics: nothing was compared")
+        sys.exit(1)
+    off, figures = [], 0
+    for name in names:
+        committed = dict(flat(json.loads(subprocess.check_output(["git", "show", f"{revision}:{name}"]))))
+        fresh = dict(flat(json.loads(Path(name).read_text()))) if Path(name).is_file() else {}
+        figures += len(committed)
+        off += [f"{name}: {key}: {why}" for key, why in differences(committed, fresh)]
+    print("\n".join(off) or f"{figures} figures in {len(names)} files agree with {revision}")
+    sys.exit(bool(off))
+
+
+def flat(document: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys and list places -> leaves, as 'a.b.0'."""
+    if isinstance(document, dict | list):
+        pairs = document.items() if isinstance(document, dict) else enumerate(document)
+        for key, value in pairs:
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, document
+
+
+def differences(committed: dict[str, Any], fresh: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys whose values differ by more than their tolerance, and how."""
+    for key in sorted(committed.keys() | fresh.keys()):
+        old, new = committed.get(key, "nothing"), fresh.get(key, "nothing")
+        if old == new:
+            continue
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (old, new)):
+            yield key, f"{old} became {new}"
+            continue
+        relative, absolute = next((t for part, t in TOLERANCES.items() if part in key), DEFAULT)
+        if abs(new - old) > max(relative * abs(old), absolute):
+            yield key, f"{old} became {new}, more than {relative:g} relative and {absolute:g} absolute"
+
+
+if __name__ == "__main__":
+    typer.run(main)

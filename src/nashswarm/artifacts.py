@@ -237,9 +237,12 @@ def read_record(path: Path, cls: type[T]) -> T:
 # --- allocations ---------------------------------------------------------------------------------------------------
 
 
+CERTIFICATE = ("price", "largest_deviation_gain", "duality_gap", "predicted_rise", "asked_bytes", "bought_bytes")
+
+
 def allocation_document(allocation: Allocation) -> dict[str, Any]:
     """The allocation as JSON."""
-    certificate = {k: getattr(allocation, k) for k in ("price", "largest_deviation_gain", "duality_gap")}
+    certificate = {k: getattr(allocation, k) for k in CERTIFICATE}
     return {
         "choices": {name: dataclasses.asdict(choice) for name, choice in allocation.choices.items()},
         "histogram": {str(bits): count for bits, count in sorted(allocation.histogram.items())},
@@ -256,7 +259,8 @@ def read_allocation(directory: Path) -> Allocation:
     """Inverse of `write_allocation`."""
     raw = read_json(directory / "allocation.json")
     choices = {
-        name: Choice(c["bits"], tuple(c["classes"]), tuple(c["thresholds"])) for name, c in raw.pop("choices").items()
+        name: Choice(**{k: tuple(v) if isinstance(v, list) else v for k, v in choice.items()})
+        for name, choice in raw.pop("choices").items()
     }
     histogram = {int(bits): count for bits, count in raw.pop("histogram").items()}
     return Allocation(choices, histogram, **raw)

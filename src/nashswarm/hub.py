@@ -1,10 +1,11 @@
 """Pinned, verified, resumable downloads from the Hugging Face hub; nothing else in the project talks to it.
 
-The hub lists a repository at a commit with every file's size and digest: the SHA-256 of an LFS file, the git blob
-SHA-1 of any other. Files are streamed into a staging folder, compared with the listing, and moved into place together.
+The hub lists a repository at a commit with every file's size and digest: the SHA-256 of an LFS file, the git
+blob SHA-1 of any other. Files are streamed into a staging folder, compared with the listing, and moved into
+place together.
 
-Listing, addresses, token, offline switch, proxies and errors are huggingface_hub's. The bytes are streamed here, in
-its session, and not by `hf_hub_download`, since that (measured with 2.4.0)
+Listing, addresses, token, offline switch, proxies and errors are huggingface_hub's. The bytes are streamed
+here, in its session, and not by `hf_hub_download`, since that (read in 2.4.0)
 - deletes its partial file on every failure, so that nothing is left to resume;
 - checks the size of what came, not its digest;
 - waits on a silent server for 6 timeouts and 5 pauses, and asks again for the headers with 60 s timeouts;
@@ -63,7 +64,7 @@ class HubError(NashSwarmError, RuntimeError):
 
 
 class HubUnreachable(HubError):
-    """No usable answer came: no network, offline mode, a stalled or broken connection, an error of the server."""
+    """No usable answer: no network, offline mode, a stalled or broken connection, an error of the server."""
 
 
 class RepositoryNotFound(HubError):
@@ -119,23 +120,23 @@ class _Repository:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the listing says of one file; one of the digests is None, and a poor mirror leaves out more."""
+    """What the listing says of one file; just one of the digests is not None."""
 
     name: str
-    size: int | None
+    size: int
     sha256: str | None  # LFS
     git_sha1: str | None  # sha1(b"blob <size>\0" + content)
 
 
-# --- fetch ---------------------------------------------------------------------------------------------------------
+# --- fetch --------------------------------------------------------------------------------------------------
 
 
 def check_revision(revision: str) -> None:
     """Raise UnpinnedRevision unless `revision` is a full commit: 40 lower-case hexadecimal digits."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UnpinnedRevision(
-            f"revision {revision!r} is not pinned: expected the 40 hexadecimal digits of a commit, as the hub shows "
-            "them under Files > History (https://huggingface.co/ID/commits/main)"
+            f"revision {revision!r} is not pinned: expected the 40 hexadecimal digits of a commit, as the "
+            "hub shows them under Files > History (https://huggingface.co/ID/commits/main)"
         )
 
 
@@ -151,21 +152,21 @@ def fetch(
     timeout: float = 10.0,
     progress: OnBytes | None = None,
 ) -> tuple[HubFile, ...]:
-    """Bring the files of a pinned repository that match `patterns` into `directory`, verified; sorted by name.
+    """Bring the files of a pinned repository that match `patterns` into `directory`, verified, sorted.
 
-    Nothing lands in `directory` before every file is there and verified, and nothing but these files. A file that
-    lies there already is kept if its digest is right. Until then files wait in `staging`, whole or in part, and a
-    later call goes on from them.
+    Nothing lands in `directory` before every file has come and is verified, and nothing but these files. One
+    that lies there already is kept if its digest is right; strangers are left alone. Until then files wait in
+    `staging`, whole or in part, and a later call goes on from them.
 
-    Arguments: `patterns`, shell patterns for each part of a name ("*.json" means the top folder, "a/*.json" folder
-    a); pickles never match. `directory` and `staging` must share a file system, and `staging` must not lie within
-    an output of DVC, which deletes those before a run. `endpoint`, in place of HF_ENDPOINT or huggingface.co.
-    `timeout`, seconds to wait for a connection and for each next byte. `progress`, called as bytes arrive.
-    HF_TOKEN and HF_HUB_OFFLINE are honoured.
+    Arguments: `patterns`, shell patterns for each part of a name ("*.json" means the top folder, "a/*.json"
+    folder a); pickles never match. `directory` and `staging` must share a file system, and `staging` must not
+    lie within an output of DVC, which deletes those before a run. `endpoint`, in place of HF_ENDPOINT or
+    huggingface.co. `timeout`, seconds to wait for a connection and for each next byte. `progress`, called as
+    bytes arrive. HF_TOKEN and HF_HUB_OFFLINE are honoured.
 
-    Raises UnpinnedRevision, HubUnreachable, RepositoryNotFound, AccessDenied, RevisionNotFound, NoSuchFile (no file
-    matches), UnsafeFile (pickles only, a pickle asked for, a name that leaves the directory), ChecksumMismatch (the
-    bad bytes are deleted), NoSpace, StagingBusy.
+    Raises UnpinnedRevision, HubUnreachable, RepositoryNotFound, AccessDenied, RevisionNotFound, NoSuchFile
+    (no file matches), UnsafeFile (pickles only, a pickle asked for, a name that leaves the directory),
+    ChecksumMismatch (the bad bytes are deleted), NoSpace, StagingBusy.
     """
     from huggingface_hub import constants
 
@@ -180,18 +181,18 @@ def fetch(
         missing = [entry for entry in entries if not _is_in_place(directory / entry.name, entry)]
         _check_space(missing, waiting)
         for entry in missing:
-            _obtain(repository, entry, waiting / entry.name, timeout, progress)
+            _obtain(repository, entry, waiting / entry.name, timeout, progress or _silent)
         for entry in missing:
             _move(waiting / entry.name, directory / entry.name)
     return tuple(_record(directory / entry.name, entry) for entry in entries)
 
 
-def _obtain(repository: _Repository, entry: _Entry, path: Path, timeout: float, progress: OnBytes | None) -> None:
+def _obtain(repository: _Repository, entry: _Entry, path: Path, timeout: float, progress: OnBytes) -> None:
     """Complete the staged file at `path` and verify it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # an empty file needs no request
     with _in_our_words(repository):
-        _transfer(repository, entry, path, timeout, progress or _silent)
+        _transfer(repository, entry, path, timeout, progress)
     _verify(repository, entry, path)
 
 
@@ -204,19 +205,19 @@ def _move(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-# --- before anything is downloaded ---------------------------------------------------------------------------------
+# --- before anything is downloaded --------------------------------------------------------------------------
 
 
 def _check_patterns(patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if pattern.lower().endswith(PICKLES):
             raise UnsafeFile(
-                f"pattern {pattern!r} asks for a format that is refused, since it can run code or is not read here; "
-                "ask for *.safetensors"
+                f"pattern {pattern!r} asks for a format that is refused, since it can run code or is not "
+                "read here; ask for *.safetensors"
             )
 
 
-def _list(repository: _Repository, timeout: float) -> list[_Entry]:
+def _list(repository: _Repository, timeout: float) -> list[RepoSibling]:
     """Every file of the repository, by one request without retries."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -237,49 +238,59 @@ def _list(repository: _Repository, timeout: float) -> list[_Entry]:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # HTML of a login page, other JSON
             raise HubUnreachable(
-                f"{repository.endpoint} does not answer like a hub ({error!r}); check the proxy and HF_ENDPOINT, "
-                f"or {WAYS_OUT}"
+                f"{repository.endpoint} does not answer like a hub ({error!r}); check the proxy and "
+                f"HF_ENDPOINT, or {WAYS_OUT}"
             ) from error
     if info.sha != repository.revision:
-        raise RevisionNotFound(f"{repository.endpoint} answered with commit {info.sha} for {repository.revision}")
-    return [_entry(sibling) for sibling in info.siblings or ()]
+        raise RevisionNotFound(
+            f"{repository.endpoint} answered with commit {info.sha} for {repository.revision}; it is no "
+            "hub, or the revision is not a commit"
+        )
+    return list(info.siblings or ())
 
 
-def _entry(sibling: RepoSibling) -> _Entry:
-    lfs = sibling.lfs
-    if lfs is not None:
-        return _Entry(sibling.rfilename, lfs.size, lfs.sha256, None)
-    return _Entry(sibling.rfilename, sibling.size, None, sibling.blob_id)
-
-
-def _select(repository: _Repository, entries: list[_Entry], patterns: Sequence[str]) -> list[_Entry]:
-    for entry in entries:
-        _check_name(repository, entry.name)
-    names = sorted(entry.name for entry in entries)
+def _select(repository: _Repository, siblings: list[RepoSibling], patterns: Sequence[str]) -> list[_Entry]:
+    names = sorted(sibling.rfilename for sibling in siblings)
+    for name in names:
+        _check_name(repository, name)
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if repository.type == "model" and pickles and not any(name.endswith(".safetensors") for name in names):
         raise UnsafeFile(
-            f"{repository} has no safetensors, only {', '.join(pickles[:3])}, which can run code when opened; pin a "
-            "revision that has safetensors (e.g. the commit of a conversion under the repository's Community tab), or "
-            "convert with save_pretrained(DIR) where you trust the pickle, and use `source: path`"
+            f"{repository} has no safetensors, only {', '.join(pickles[:3])}, which run code when opened; "
+            "pin a revision that has safetensors (e.g. the commit of a conversion under the repository's "
+            "Community tab), or convert with save_pretrained(DIR) where you trust the pickle, and use "
+            "`source: path`"
         )
-    chosen = [e for e in entries if e.name not in pickles and any(_matches(e.name, p) for p in patterns)]
+    chosen = {name for name in names if name not in pickles and any(_matches(name, p) for p in patterns)}
     if not chosen:
         held = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise NoSuchFile(f"{repository} has no file that matches {', '.join(patterns)}; it has: {held or 'none'}")
-    for entry in chosen:
-        if entry.size is None or (entry.sha256 is None and entry.git_sha1 is None):
-            raise HubUnreachable(
-                f"{repository.endpoint} lists {entry.name} without size and digest, so that it cannot be verified; "
-                "use huggingface.co or a mirror that passes them on (HF_ENDPOINT)"
-            )
-    return sorted(chosen, key=lambda entry: entry.name)
+        raise NoSuchFile(
+            f"{repository} has no file that matches {', '.join(patterns)}; it has: {held or 'none'}; "
+            "check `id`, `config` and `revision`"
+        )
+    entries = [_entry(repository, sibling) for sibling in siblings if sibling.rfilename in chosen]
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def _entry(repository: _Repository, sibling: RepoSibling) -> _Entry:
+    name, lfs = sibling.rfilename, sibling.lfs
+    if lfs is not None:
+        return _Entry(name, lfs.size, lfs.sha256, None)
+    if sibling.size is None or sibling.blob_id is None:
+        raise HubUnreachable(
+            f"{repository.endpoint} lists {name} without size and digest, so that it cannot be verified; use "
+            "huggingface.co or a mirror that passes them on (HF_ENDPOINT)"
+        )
+    return _Entry(name, sibling.size, None, sibling.blob_id)
 
 
 def _check_name(repository: _Repository, name: str) -> None:
     strange = "\\" in name or any(ord(c) < 32 for c in name)
     if strange or any(part in ("", ".", "..") for part in name.split("/")):
-        raise UnsafeFile(f"{repository} lists a file {name!r}, which leads out of the directory; do not trust it")
+        raise UnsafeFile(
+            f"{repository} lists a file {name!r}, which leads out of the directory; do not trust it, and "
+            "use another repository"
+        )
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -291,8 +302,8 @@ def _matches(name: str, pattern: str) -> bool:
 def _check_same_device(directory: Path, staging: Path) -> None:
     if _existing(directory).stat().st_dev != _existing(staging).stat().st_dev:
         raise HubError(
-            f"{staging} and {directory} lie on different file systems, so that files cannot be moved from one to the "
-            "other in one step; choose a staging folder beside the directory"
+            f"{staging} and {directory} lie on different file systems, so that files cannot be moved from "
+            "one to the other in one step; choose a staging folder beside the directory"
         )
 
 
@@ -309,26 +320,26 @@ def _check_space(entries: Iterable[_Entry], staging: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two processes that append to one file would spoil it. The lock ends with the process, however that ends."""
+    """Two processes that append to one file would spoil it. The lock ends with its process in any case."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StagingBusy(f"{folder}: another process is downloading here; wait until it has finished") from None
+            raise StagingBusy(f"{folder}: another process is downloading here; wait for its end") from None
         yield
     finally:
         os.close(handle)
 
 
-# --- the transfer --------------------------------------------------------------------------------------------------
+# --- the transfer -------------------------------------------------------------------------------------------
 
 
 def _transfer(repository: _Repository, entry: _Entry, path: Path, timeout: float, progress: OnBytes) -> None:
     """Append to `path` until it has `entry.size` bytes, or the server has no more.
 
-    A connection that broke after bringing bytes is made again at once. Silence is not waited for twice: the user had
-    better know, and the next run resumes. Raises what the http library raises.
+    A connection that broke after bringing bytes is made again at once. Silence is not waited for twice: the
+    user had better know, and the next run resumes. Raises what the http library raises.
     """
     import httpx2
 
@@ -341,7 +352,7 @@ def _transfer(repository: _Repository, entry: _Entry, path: Path, timeout: float
         except (httpx2.RemoteProtocolError, httpx2.ReadError) as error:
             if connection == CONNECTIONS or _size(path) == before:
                 raise
-            logger.warning("%s: the connection broke at byte %d (%s); resuming", entry.name, _size(path), error)
+            logger.warning("%s: connection broken at byte %d (%s); resuming", entry.name, _size(path), error)
 
 
 def _append(repository: _Repository, entry: _Entry, path: Path, timeout: float, progress: OnBytes) -> None:
@@ -361,7 +372,7 @@ def _append(repository: _Repository, entry: _Entry, path: Path, timeout: float, 
     headers["Accept-Encoding"] = "identity"  # a range of compressed bytes could not be appended
     if done:
         headers["Range"] = f"bytes={done}-"
-    # The library retries 5 times with pauses of up to 8 s, or as long as the server's Retry-After says: not here.
+    # The library retries 5 times, with pauses of up to 8 s or as the server's Retry-After says: not here.
     once = {"max_retries": 0, "retry_on_exceptions": (), "retry_on_status_codes": ()}
     with http_stream_backoff("GET", url, headers=headers, timeout=timeout, **once) as response:
         if response.status_code == 416:  # the server's file ends before ours: let the check of the size speak
@@ -371,7 +382,7 @@ def _append(repository: _Repository, entry: _Entry, path: Path, timeout: float, 
             done = 0
         with path.open("ab" if done else "wb") as file:
             progress(entry.name, done, entry.size)
-            for chunk in response.iter_bytes():  # as they come: a size given here would hold back up to that many
+            for chunk in response.iter_bytes():  # as they come: a size given here would hold bytes back
                 file.write(chunk)
                 done += len(chunk)
                 progress(entry.name, done, entry.size)
@@ -400,7 +411,8 @@ def _in_our_words(repository: _Repository) -> Iterator[None]:
     except httpx2.TimeoutException as error:
         raise HubUnreachable(f"{endpoint} fell silent while {repository} was fetched; {WAYS_OUT}") from error
     except (httpx2.RequestError, httpx2.InvalidURL) as error:
-        raise HubUnreachable(f"{endpoint} cannot be reached for {repository} ({error}); {WAYS_OUT}") from error
+        why = str(error) or type(error).__name__
+        raise HubUnreachable(f"{endpoint} cannot be reached for {repository} ({why}); {WAYS_OUT}") from error
 
 
 def _http_error(repository: _Repository, error: HfHubHTTPError) -> HubError:
@@ -410,27 +422,27 @@ def _http_error(repository: _Repository, error: HfHubHTTPError) -> HubError:
     status = response.status_code
     if isinstance(error, (errors.GatedRepoError, errors.DisabledRepoError)) or status == 403:
         return AccessDenied(
-            f"{repository.endpoint} does not give {repository} to this account (status {status}); accept its terms on "
-            "the hub and set HF_TOKEN to a token that may read it"
+            f"{repository.endpoint} does not give {repository} to this account (status {status}); accept "
+            "its terms on the hub and set HF_TOKEN to a token that may read it"
         )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:  # the hub hides private ones behind 401
+    # The hub hides private repositories behind 401; the library knows that of https addresses only.
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return RepositoryNotFound(
-            f"{repository.endpoint} has no {repository.type} {repository.id!r}; check `id`, and set HF_TOKEN if the "
-            "repository is private"
+            f"{repository.endpoint} has no {repository.type} {repository.id!r}; check `id`, and set HF_TOKEN "
+            "if the repository is private"
         )
     if isinstance(error, errors.RevisionNotFoundError):
+        page = f"{'datasets/' if repository.type == 'dataset' else ''}{repository.id}/commits/main"
         return RevisionNotFound(
-            f"{repository.type} {repository.id} has no commit {repository.revision} at {repository.endpoint}; choose "
-            f"one of https://huggingface.co/{'datasets/' if repository.type == 'dataset' else ''}{repository.id}"
-            "/commits/main"
+            f"{repository.type} {repository.id} has no commit {repository.revision} at "
+            f"{repository.endpoint}; choose one of https://huggingface.co/{page}"
         )
     wait = "wait, or set HF_TOKEN for a higher limit; " if status == 429 else ""
-    return HubUnreachable(
-        f"{repository.endpoint} answered with status {status} for {response.request.url.path}; {wait}{WAYS_OUT}"
-    )
+    what = response.request.url.path
+    return HubUnreachable(f"{repository.endpoint} answers {what} with status {status}; {wait}{WAYS_OUT}")
 
 
-# --- verification --------------------------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------------------
 
 
 def _size(path: Path) -> int:
@@ -467,8 +479,9 @@ def _verify(repository: _Repository, entry: _Entry, path: Path) -> None:
     if expected != got:
         path.unlink()
         raise ChecksumMismatch(
-            f"{entry.name} of {repository}: expected {expected}, got {got} from {repository.endpoint}; the bad copy "
-            "was deleted, so run again; if this stays, the mirror or a proxy alters files: use another (HF_ENDPOINT)"
+            f"{entry.name} of {repository}: expected {expected}, got {got} from {repository.endpoint}; "
+            "the bad copy was deleted, so run again; if this stays, the mirror or a proxy alters files: use "
+            "another (HF_ENDPOINT)"
         )
 
 
@@ -477,17 +490,17 @@ def _record(path: Path, entry: _Entry) -> HubFile:
     return HubFile(entry.name, entry.size, entry.sha256 or _hashed(path, hashlib.sha256()))
 
 
-# --- data sets -----------------------------------------------------------------------------------------------------
+# --- data sets ----------------------------------------------------------------------------------------------
 
 
 def read_dataset(directory: Path, split: str) -> list[str]:
     """The `text` column of a split in stored order, rows untouched: empty ones and trailing newlines stay.
 
-    Reads `<split>-<i>-of-<n>.parquet` from `directory` or from the one folder below it that has them. The `datasets`
-    package copies what it reads; the copy lies in a temporary folder and is deleted.
+    Reads `<split>-<i>-of-<n>.parquet` from `directory` or from the one folder below it that has them. The
+    `datasets` package copies what it reads; the copy lies in a temporary folder and is deleted.
 
-    Raises NoSuchFile where the split has no files, BadDataset where shards are missing, mixed or unreadable, or where
-    `text` is missing or is not text.
+    Raises NoSuchFile where the split has no files, BadDataset where shards are missing, mixed or unreadable,
+    or where `text` is missing or is not text.
     """
     shards = _shards(directory, split)
     for path in shards:
@@ -511,9 +524,10 @@ def _shards(directory: Path, split: str) -> list[Path]:
         raise NoSuchFile(f"{directory}: no {split}-*-of-*.parquet; there is: {held or 'no parquet file'}")
     count = int(found[0].stem[-5:])
     if [path.name for path in found] != [f"{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]:
+        held = ", ".join(str(path.relative_to(directory)) for path in found)
         raise BadDataset(
-            f"{directory}: the shards of split {split} are incomplete or of several configurations "
-            f"({', '.join(str(path.relative_to(directory)) for path in found)}); delete the folder and fetch it again"
+            f"{directory}: the shards of split {split} are incomplete or of several configurations ({held}); "
+            "delete the folder and fetch it again"
         )
     return found
 
@@ -527,7 +541,8 @@ def _check_text_column(path: Path) -> None:
     except pa.ArrowInvalid as error:
         raise BadDataset(f"{path}: not a parquet file ({error}); delete it and fetch it again") from error
     if "text" not in schema.names:
-        raise BadDataset(f"{path}: no column `text` among {', '.join(schema.names)}; use another configuration")
+        held = ", ".join(schema.names)
+        raise BadDataset(f"{path}: no column `text` among {held}; use another configuration")
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise BadDataset(f"{path}: column `text` holds {kind}, expected strings; use another configuration")

@@ -1,7 +1,8 @@
 """The file format: a directory of a packed model, written whole or not at all, verified whenever it is opened.
 
     manifest.json        format version, method, certificate, source, shapes, and SHA-256 and size of every other file
-    packed.safetensors   `<tensor>.<part>` for each packed array (codes, scales, zeros, map, tables), and `vectors`
+    packed.safetensors   `<tensor>.<part>` for each packed array (codes, scales, zeros, map, tables), `shared.<part>`
+                         for those that all tensors have in common, and `vectors`
     config.json, ...     what transformers needs beside weights
 
 This module knows arrays and hashes, not algorithms: `loading` has the codecs decode.
@@ -29,6 +30,7 @@ from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 FORMAT = 1
 MANIFEST, PAYLOAD = "manifest.json", "packed.safetensors"
 FP32_BYTES = 4
+SHARED = "shared"  # stands for a tensor's name where an array serves all of them
 
 
 class PackedError(InputError):
@@ -85,10 +87,11 @@ def write_packed(
     entries: dict[str, Any] = {}
     for name, packed in tensors:
         arrays |= {f"{name}.{part}": np.ascontiguousarray(array) for part, array in packed.arrays.items()}
+        arrays |= {f"{SHARED}.{part}": np.ascontiguousarray(array) for part, array in packed.shared.items()}
         entries[name] = {"codec": packed.codec, "shape": packed.shape, **packed.scalars}
     specs, values = [], []
     for spec, value in vectors:
-        specs.append((spec.name, list(spec.shape)))
+        specs.append([spec.name, list(spec.shape)])
         values.append(_to_float16(spec.name, value))
     if values:
         arrays["vectors"] = np.concatenate([v.reshape(-1) for v in values])
@@ -101,7 +104,7 @@ def write_packed(
             "format": FORMAT,
             "provenance": dataclasses.asdict(provenance),
             "tensors": entries,
-            "vectors": dict(specs),
+            "vectors": specs,  # a list: their order is that of the payload
             "files": {p.name: [p.stat().st_size, sha256_file(p)] for p in sorted(target.iterdir())},
         }
         write_bytes(target / MANIFEST, json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
@@ -129,6 +132,11 @@ def open_packed(directory: Path) -> PackedModel:
     return _assemble(directory, manifest, arrays)
 
 
+def file_bytes(directory: Path) -> int:
+    """Bytes of everything that is needed to rebuild the model, config and tokenizer aside."""
+    return sum((directory / name).stat().st_size for name in (MANIFEST, PAYLOAD))
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
@@ -146,26 +154,30 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _assemble(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PackedModel:
     parts: Counter[str] = Counter()
     tensors: dict[str, PackedTensor] = {}
+    shared: dict[str, np.ndarray] = {}
     by_tensor: dict[str, dict[str, np.ndarray]] = {name: {} for name in manifest["tensors"]}
     for key, array in arrays.items():
         name, _, part = key.rpartition(".")
-        if key != "vectors":
+        if name == SHARED:
+            shared[part] = array
+        elif name:
             by_tensor[name][part] = array
         parts[part or key] += array.nbytes
     for name, entry in manifest["tensors"].items():
         scalars = {k: v for k, v in entry.items() if k not in ("codec", "shape")}
-        tensors[name] = PackedTensor(entry["codec"], tuple(entry["shape"]), by_tensor[name], scalars)
+        tensors[name] = PackedTensor(entry["codec"], tuple(entry["shape"]), by_tensor[name], scalars, shared)
     vectors, start = {}, 0
-    for name, shape in manifest["vectors"].items():
+    for name, shape in manifest["vectors"]:
         count = int(np.prod(shape))
         vectors[name] = arrays["vectors"][start : start + count].reshape(shape)
         start += count
     provenance = Provenance(**manifest["provenance"])
-    matrix_bytes = sum(a.nbytes for t in tensors.values() if t.codec != "kept" for a in t.arrays.values())
+    own = (a for t in tensors.values() if t.codec != "kept" for a in t.arrays.values())
+    matrix_bytes = sum(a.nbytes for a in (*own, *shared.values()))
     if any(t.codec == "source" for t in tensors.values()):
         size = Size(provenance.parameters * FP32_BYTES, {"source": provenance.parameters * FP32_BYTES}, 0)
     else:
-        total = sum((directory / n).stat().st_size for n in (MANIFEST, PAYLOAD))
+        total = file_bytes(directory)
         size = Size(total, {**parts, "headers": total - sum(parts.values())}, matrix_bytes)
     return PackedModel(directory, provenance, tensors, vectors, size)
 

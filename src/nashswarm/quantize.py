@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from nashswarm import artifacts
+from nashswarm import artifacts, packed
 from nashswarm.config import Method, load_room
 from nashswarm.models import Checkpoint
 from nashswarm.recipes import KEPT, method_document
 from nashswarm.packed import Provenance, write_packed
-from nashswarm.types import Allocation, Choice, Job, ModelIndex, Offer, PackedTensor, Progress, Statistics, TensorSpec
+from nashswarm.types import Allocation, Choice, Job, ModelIndex, NashSwarmError, Offer, PackedTensor, Progress, Statistics, TensorSpec
 
-NO_IMPORTANCE = np.empty(0, np.float32)
+BUYING_ROUNDS = 8
+CLOSE = 0.0005  # share of the budget that may stay unspent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +44,44 @@ def open_model(layout: artifacts.Layout, name: str) -> Model:
 
 def allocate(model: Model, method: Method, progress: Progress) -> Allocation:
     """Ask the method's allocator for the bits of every tensor in the method's scope."""
-    allocator = load_room("allocators", method.allocator)
+    allocator, codec = load_room("allocators", method.allocator), load_room("codecs", method.codec)
     tensors = progress(model.index.scope(method.scope), "allocate")
-    offers = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
-    return allocator.allocate(offers, method.allocator_settings)  # type: ignore[no-any-return]
+    if allocator.NEEDS_CANDIDATES:
+        offers = [Offer(t, candidates=codec.offer(_job(model, t, method, Choice()), method.codec_settings)) for t in tensors]
+        return _buy(model, method, offers)
+    with_importance = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
+    return allocator.allocate(with_importance, method.allocator_settings)  # type: ignore[no-any-return]
+
+
+def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
+    """Allocate, write the packed files, compare their bytes with the budget, and correct the estimate by the difference.
+
+    Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant, so a
+    few rounds meet the budget. Raises NashSwarmError where none does.
+    """
+    allocator, parameters = load_room("allocators", method.allocator), model.index.parameters
+    asked = allocator.asked_bytes(method.allocator_settings, parameters)
+    overhead, best = 2.0 * sum(int(np.prod(v.shape)) for v in model.index.vectors), None
+    for _ in range(BUYING_ROUNDS):
+        allocation = allocator.allocate(offers, method.allocator_settings, allocator.Ledger(parameters, overhead))
+        bought = _packed_bytes(model, method, allocation)
+        allocation = dataclasses.replace(allocation, bought_bytes=bought)
+        logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
+        if asked is None or 0 <= asked - bought <= CLOSE * asked:
+            return allocation
+        if bought <= asked and (best is None or bought > best.bought_bytes):
+            best = allocation
+        overhead += bought - asked + CLOSE / 2 * asked
+    if best is None:
+        raise NashSwarmError(f"methods.{method.name}.budget: {asked} bytes could not be met; the closest was {bought}")
+    return best  # type: ignore[no-any-return]
+
+
+def _packed_bytes(model: Model, method: Method, allocation: Allocation) -> int:
+    """Size of the packed model as `pack` would write it, by writing it."""
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
+        pack(model, method, dataclasses.replace(allocation, bought_bytes=0), Path(scratch) / "packed", lambda items, _: items)
+        return packed.file_bytes(Path(scratch) / "packed")
 
 
 def encode(
@@ -51,11 +89,15 @@ def encode(
 ) -> Iterator[tuple[str, PackedTensor]]:
     """Every matrix of the model, packed: those in scope by the method's codec, the others kept as they are."""
     codec, kept = load_room("codecs", method.codec), load_room("codecs", KEPT)
-    for tensor in progress(model.index.tensors, "pack"):
+    tensors = progress(model.index.tensors, "pack")
+    if hasattr(codec, "encode_all"):
+        jobs = (_job(model, t, method, allocation.choices[t.name]) for t in tensors if t.name in allocation.choices)
+        yield from codec.encode_all(jobs, method.codec_settings)
+        tensors = [t for t in model.index.tensors if t.name not in allocation.choices]
+    for tensor in tensors:
         choice = allocation.choices.get(tensor.name)
-        job = _job(model, tensor, method, choice)
-        yield tensor.name, kept.encode(job, kept.Settings()) if choice is None else codec.encode(job, method.codec_settings)
-
+        job = _job(model, tensor, method, choice or Choice())
+        yield tensor.name, codec.encode(job, method.codec_settings) if choice else kept.encode(job, kept.Settings())
 
 
 def pack(
@@ -81,18 +123,12 @@ def pack(
 
 def _offer(model: Model, tensor: TensorSpec, method: Method, needs_importance: bool) -> Offer:
     if not needs_importance:
-        return Offer(tensor, NO_IMPORTANCE)
-    return Offer(tensor, _importance(model, tensor, method).reshape(-1).numpy())
+        return Offer(tensor)
+    importance = load_room("importance", method.importance).importance(model.checkpoint.tensor(tensor))
+    return Offer(tensor, importance.reshape(-1).numpy())
 
 
-def _importance(model: Model, tensor: TensorSpec, method: Method) -> Tensor:
-    room = load_room("importance", method.importance)
-    return room.importance(model.checkpoint.tensor(tensor))  # type: ignore[no-any-return]
-
-
-def _job(model: Model, tensor: TensorSpec, method: Method, choice: Choice | None) -> Job:
+def _job(model: Model, tensor: TensorSpec, method: Method, choice: Choice) -> Job:
     weight = model.checkpoint.tensor(tensor)
-    if choice is None:
-        return Job(tensor, weight, Choice())
     importance = load_room("importance", method.importance).importance(weight) if choice.classes else None
     return Job(tensor, weight, choice, importance, model.statistics(tensor.name))

@@ -76,14 +76,31 @@ class ModelIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """What each piece of a tensor (a player: the whole matrix, or a tile) can buy.
+
+    Options are in rising precision: bytes rise and distortion falls along a row.
+    """
+
+    options: np.ndarray  # float64 [options]: a width in bits, or log2 of the step factor, negated
+    size: np.ndarray  # float64 [players, options], bytes, side information included
+    distortion: np.ndarray  # float64 [players, options], predicted rise in loss, nats per token
+    continuous: bool  # whether options between two neighbours exist
+    weights: np.ndarray  # int64 [players]
+    per_strip: int = 1  # tiles side by side in a strip of rows
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """What one tensor brings to the allocator.
 
-    `importance` is the flattened importance map (float32, out * in), for allocators that rank single weights.
+    `importance` is the flattened importance map (float32, out * in), for allocators that rank single weights;
+    `candidates` are for those that weigh distortion against bytes.
     """
 
     tensor: TensorSpec
-    importance: np.ndarray
+    importance: np.ndarray | None = None
+    candidates: Candidates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,8 @@ class Choice:
     bits: int | None = None
     classes: tuple[int, ...] = ()  # bits of each class, in rising importance
     thresholds: tuple[float, ...] = ()  # importance at which the next class begins (len(classes) - 1)
+    step: float | None = None  # log2 of the factor on a coded tensor's steps
+    tiles: tuple[str, ...] = ()  # a digit per tile: its width in bits; one string for each strip of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +121,11 @@ class Allocation:
     choices: Mapping[str, Choice]
     histogram: Mapping[int, int]  # bits -> weights
     price: float | None = None  # nats per byte
-    largest_deviation_gain: float | None = None  # nats
-    duality_gap: float | None = None  # nats
+    largest_deviation_gain: float | None = None  # nats: what the unhappiest player could still win by another option
+    duality_gap: float | None = None  # nats: predicted distortion minus the continuous optimum's at the same bytes
+    predicted_rise: float | None = None  # nats per token
+    asked_bytes: int | None = None  # the budget, for the whole packed model
+    bought_bytes: int | None = None  # of the packed files, as written
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,4 +166,5 @@ class PackedTensor:
     codec: str
     shape: tuple[int, int]
     arrays: Mapping[str, np.ndarray]
-    scalars: Mapping[str, int] = field(default_factory=dict)
+    scalars: Mapping[str, int | float] = field(default_factory=dict)
+    shared: Mapping[str, np.ndarray] = field(default_factory=dict)  # arrays that all tensors of the model have in common

@@ -16,6 +16,7 @@ import numpy as np
 from nashswarm.types import Allocation, Choice, Offer
 
 NEEDS_IMPORTANCE = True
+NEEDS_CANDIDATES = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ def allocate(offers: Iterable[Offer], settings: Settings) -> Allocation:
     choices: dict[str, Choice] = {}
     histogram: Counter[int] = Counter()
     for index, offer in enumerate(offers):
+        assert offer.importance is not None
         # One stream for each tensor, so that a tensor's draw does not depend on what came before it.
         generator = np.random.default_rng([settings.seed, index])
         thresholds = _thresholds(offer.importance, settings, generator)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nashswarm.types import Allocation, Choice, Offer, TensorSpec
 
 NEEDS_IMPORTANCE = False
+NEEDS_CANDIDATES = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,14 +45,26 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     """Codes, scales and zeros of `choice.bits` bits. The last group of a row is shorter where in % group != 0."""
     assert job.choice.bits is not None
     bits, group = job.choice.bits, settings.group_of(job.tensor)
-    power = _input_power(job)
-    rows = max(1, CHUNK // job.tensor.shape[1])
+    scales, zeros = row_grids(job, bits, group, settings.clip_search, _input_power(job))
+    top, step = 2**bits - 1, max(1, CHUNK // job.tensor.shape[1])
+    pieces = []
+    for i in range(0, job.tensor.shape[0], step):
+        groups = _grouped(job.weight[i : i + step], group)
+        codes = quantize(groups, scales[i : i + step], zeros[i : i + step], top)
+        pieces.append(codes.to(torch.uint8).reshape(groups.shape[0], -1)[:, : job.tensor.shape[1]])
+    return packed_groups("grouped", job.tensor, torch.cat(pieces), scales, zeros, bits, group)
+
+
+def row_grids(job: Job, bits: int, group: int, search: bool, power: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The grids of all groups of a matrix: scales float16 and zeros uint8, both [out, groups]."""
+    weights = None if power is None else _grouped(power[None], group)
+    step = max(1, CHUNK // job.tensor.shape[1])
     pieces = [
-        _encode_rows(job, slice(i, i + rows), bits, group, settings.clip_search, power)
-        for i in range(0, job.tensor.shape[0], rows)
+        fit_grids(_grouped(job.weight[i : i + step], group), bits, weights, search, job.tensor.name)
+        for i in range(0, job.tensor.shape[0], step)
     ]
-    codes, scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
-    return packed_groups("grouped", job.tensor, codes, scales, zeros, bits, group)
+    scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return scales, zeros
 
 
 def decode(packed: PackedTensor) -> Tensor:
@@ -131,14 +143,3 @@ def _grouped(matrix: Tensor, group: int) -> Tensor:
     if pad:
         matrix = torch.cat([matrix, matrix[:, -1:].expand(-1, pad)], 1)
     return matrix.reshape(matrix.shape[0], -1, group)
-
-
-def _encode_rows(
-    job: Job, rows: slice, bits: int, group: int, search: bool, power: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """codes uint8 [rows, in], scales float16 and zeros uint8 [rows, groups]."""
-    groups = _grouped(job.weight[rows], group)
-    weights = None if power is None else _grouped(power[None], group)
-    scales, zeros = fit_grids(groups, bits, weights, search, job.tensor.name)
-    codes = quantize(groups, scales, zeros, 2**bits - 1).to(torch.uint8)
-    return codes.reshape(groups.shape[0], -1)[:, : job.tensor.shape[1]], scales, zeros

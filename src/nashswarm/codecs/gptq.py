@@ -1,0 +1,45 @@
+"""Grouped grids with sequential error feedback: the field's reference method (GPTQ, arXiv:2210.17323).
+
+Columns are rounded in falling order of input power (act-order) while groups keep the matrix's own order (static
+groups), so that the file needs no column index. Grids are fitted beforehand on the original weights, clipping searched
+with squared errors weighted by input power. Embeddings and the head are rounded to nearest, as the field does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nashswarm import feedback
+from nashswarm.codecs import grouped
+from nashswarm.codecs.grouped import WIDTHS, Settings
+from nashswarm.types import InputError, Job, PackedTensor
+
+__all__ = ["WIDTHS", "Settings", "decode", "encode"]
+
+
+def encode(job: Job, settings: Settings) -> PackedTensor:
+    """As `grouped.encode`, with feedback. Raises InputError where the matrix has no statistics."""
+    if job.tensor.part in ("embedding", "head"):
+        return grouped.encode(job, settings)
+    if job.statistics is None:
+        raise InputError(f"{job.tensor.name}: codec 'gptq' needs statistics; run the score stage")
+    assert job.choice.bits is not None
+    bits, group = job.choice.bits, settings.group_of(job.tensor)
+    moment = feedback.curvature(job.statistics).moment
+    scales, zeros = grouped.row_grids(job, bits, group, settings.clip_search, moment.diagonal().float())
+    codes = torch.empty(job.tensor.shape[::-1], dtype=torch.uint8)
+
+    def quantize(column: int, values: Tensor) -> Tensor:
+        scale, zero = scales[:, column // group], zeros[:, column // group]
+        found = grouped.quantize(values[:, None], scale, zero, 2**bits - 1)[:, 0]
+        codes[column] = found.to(torch.uint8)
+        return (found - zero) * scale.float()
+
+    feedback.round_with_feedback(job.weight, feedback.factor(moment, job.tensor.name), quantize)
+    return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), scales, zeros, bits, group)
+
+
+def decode(packed: PackedTensor) -> Tensor:
+    """float32 [out, in]."""
+    return grouped.decode(packed)

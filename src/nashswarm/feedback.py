@@ -1,0 +1,123 @@
+"""Sequential rounding with error feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1; LDLQ in QuIP).
+
+For y = W x the damage of an error E of W is 1/2 sum_r rows_r (E H E^T)_rr. With U the upper Cholesky factor of H^-1, in
+the order in which columns are rounded, and each column's error handed on to the columns not yet rounded, it becomes
+1/2 sum_rc rows_r (e_rc / U_cc)^2, with e_rc the plain rounding error of column c as it was when its turn came. Columns
+no longer interact, so each can have its own precision.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nashswarm.types import InputError, Statistics
+
+DAMPING = 0.01  # of the mean of H's diagonal; the original's value
+BLOCK = 128  # columns between two matrix products; the original's value
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """The quadratic model of the loss around one matrix: 1/2 sum_r rows_r (E moment E^T)_rr, nats per token."""
+
+    moment: Tensor  # float64 [in, in]
+    rows: Tensor  # float64 [out]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Columns in rounding order, and the upper Cholesky factor of the inverse moment in that order."""
+
+    order: Tensor  # int64 [in]
+    upper: Tensor  # float32 [in, in]
+
+    @property
+    def step(self) -> Tensor:
+        """U_cc of every column, float32 [in], in the matrix's own order."""
+        diagonal = torch.empty(len(self.order))
+        diagonal[self.order] = self.upper.diagonal()
+        return diagonal
+
+
+def curvature(statistics: Statistics) -> Curvature:
+    """One moment and one weight per row for all uses of a matrix.
+
+    A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r D E_r^T, D
+    diagonal. Head and text agree on which tokens are frequent, so frequency_r is nearly proportional to fisher_r; with
+    the mean ratio in its place both uses share the rows' weights, and their moments add up.
+    """
+    lookup = statistics.lookup_fisher
+    if statistics.second_moment is None:
+        if lookup is None or statistics.frequency is None:
+            raise InputError("no statistics; run the score stage, or use a codec that needs none")
+        return Curvature(torch.from_numpy(lookup).double().diag(), torch.from_numpy(statistics.frequency).double())
+    moment = torch.from_numpy(statistics.second_moment).double()
+    assert statistics.fisher is not None
+    rows = torch.from_numpy(statistics.fisher).double()
+    if lookup is not None and statistics.frequency is not None:
+        ratio = float(statistics.frequency.sum(dtype="float64") / max(float(rows.sum()), 1e-300))
+        moment = moment + ratio * torch.from_numpy(lookup).double().diag()
+    return Curvature(moment, rows)
+
+
+def factor(moment: Tensor, name: str, damping: float = DAMPING) -> Factor:
+    """Order the columns by falling input power (act-order) and factor the inverse moment, float64 inside.
+
+    Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
+    moment that is not finite.
+    """
+    if not bool(moment.isfinite().all()):
+        raise InputError(f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights")
+    power = moment.diagonal()
+    order = power.argsort(descending=True, stable=True)
+    permuted = moment[order][:, order]
+    mean = max(float(power.mean()), 1e-30)
+    while damping <= 1e6:
+        damped = permuted + torch.eye(len(power), dtype=torch.float64) * (damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return Factor(order, upper.float())
+        logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
+        damping *= 10
+    raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
+
+
+def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Round the columns of `weight`, float32 [out, in], one after the other, handing each one's error on.
+
+    Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [out], and keeps its codes.
+    Returns: e_rc / U_cc, float32 [out, in], in the matrix's own column order: its weighted square is the damage.
+    """
+    columns = len(found.order)
+    rest = weight.T[found.order].contiguous()  # [in, out]: a column is contiguous
+    errors = torch.empty_like(rest)
+    places = found.order.tolist()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        upper = found.upper[start:stop, start:stop]
+        diagonal = upper.diagonal().tolist()
+        for i in range(start, stop):
+            error = errors[i]
+            torch.sub(rest[i], quantize(places[i], rest[i]), out=error)
+            error.div_(diagonal[i - start])
+            if i + 1 < stop:
+                rest[i + 1 : stop].addr_(upper[i - start, i - start + 1 :], error, alpha=-1)
+        if stop < columns:
+            rest[stop:].addmm_(found.upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    result = torch.empty_like(errors)
+    result[found.order] = errors
+    return result.T.contiguous()
+
+
+def damage(errors: Tensor, rows: Tensor) -> float:
+    """1/2 sum_rc rows_r errors_rc^2, nats per token, of what `round_with_feedback` returns."""
+    return 0.5 * float(errors.double().square().sum(1) @ rows)

@@ -1,0 +1,296 @@
+"""The packed directory: the same bytes every time, sizes that add up, and no damage that goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import FAMILIES, PROJECT, Models, Packed, edit_json, no_progress
+from safetensors.numpy import load_file
+
+from nashswarm import quantize
+from nashswarm.artifacts import sha256_file
+from nashswarm.packed import FORMAT, MANIFEST, PAYLOAD, PackedError, Provenance, file_bytes, open_packed, write_packed
+from nashswarm.types import NashSwarmError, PackedTensor, VectorSpec
+
+METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
+PROVENANCE = Provenance("m", "A", 12, "path", None, None, {"codec": "kept"}, {"histogram": {}})
+
+PackedModels = Callable[[str, str], Packed]
+
+
+@pytest.fixture
+def copy(packed: PackedModels, tmp_path: Path) -> Path:
+    """A packed directory that a test may damage."""
+    return shutil.copytree(packed("gpt2", "rtn4-g64").directory, tmp_path / "packed")
+
+
+def names_of(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_is_what_was_encoded(family: str, method: str, packed: PackedModels, quantizable: Models) -> None:
+    made, model = packed(family, method), quantizable(family)
+    opened = made.opened
+    assert set(opened.tensors) == {t.name for t in model.index.tensors}
+    assert all(opened.tensors[t.name].shape == t.shape for t in model.index.tensors)
+    provenance = opened.provenance
+    assert (provenance.model, provenance.architecture) == (family, model.index.architecture)
+    assert provenance.parameters == model.index.parameters
+    assert provenance.method["name"] == method
+    if made.method.codec == "source":
+        assert opened.vectors == {}
+        return
+    for spec in model.index.vectors:
+        expected = model.checkpoint.vector(spec).half().numpy()
+        assert np.array_equal(opened.vectors[spec.name], expected), spec.name
+    in_scope = {t.name for t in model.index.scope(made.method.scope)}
+    assert {n for n, t in opened.tensors.items() if t.codec == made.method.codec} == in_scope
+    assert {t.codec for n, t in opened.tensors.items() if n not in in_scope} <= {"kept"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_model_is_packed_to_the_same_bytes(
+    method: str, packed: PackedModels, quantizable: Models, tmp_path: Path
+) -> None:
+    made, model = packed("llama", method), quantizable("llama")
+    allocation = quantize.allocate(model, made.method, no_progress)
+    quantize.pack(model, made.method, allocation, tmp_path / "again", no_progress)
+    assert names_of(tmp_path / "again") == names_of(made.directory)
+    for name in names_of(made.directory):
+        assert (tmp_path / "again" / name).read_bytes() == (made.directory / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_sum_to_the_size_on_disk(family: str, method: str, packed: PackedModels, quantizable: Models) -> None:
+    made = packed(family, method)
+    size = made.opened.size
+    assert sum(size.parts.values()) == size.file_bytes
+    assert all(count >= 0 for count in size.parts.values())
+    parameters = quantizable(family).index.parameters
+    if made.method.codec == "source":
+        assert size.file_bytes == 4 * parameters
+        assert size.parts == {"source": 4 * parameters}
+        return
+    on_disk = sum((made.directory / name).stat().st_size for name in (MANIFEST, PAYLOAD))
+    assert size.file_bytes == file_bytes(made.directory) == on_disk
+    arrays = load_file(made.directory / PAYLOAD)
+    assert sum(size.parts.values()) - size.parts["headers"] == sum(a.nbytes for a in arrays.values())
+    assert size.parts["vectors"] == 2 * sum(int(np.prod(v.shape)) for v in quantizable(family).index.vectors)
+    kept = sum(a.nbytes for t in made.opened.tensors.values() if t.codec == "kept" for a in t.arrays.values())
+    assert size.matrix_bytes == size.file_bytes - size.parts["headers"] - size.parts["vectors"] - kept
+
+
+def test_a_packed_directory_stands_alone(packed: PackedModels) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = packed("gpt2", "rtn4-g64").directory
+    assert set(names_of(directory)) >= {MANIFEST, PAYLOAD, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert "model.safetensors" not in names_of(directory)
+    assert AutoConfig.from_pretrained(directory).model_type == "gpt2"
+    assert AutoTokenizer.from_pretrained(directory)("bit").input_ids
+
+
+def test_the_manifest_lists_every_other_file(packed: PackedModels) -> None:
+    directory = packed("gpt2", "nash").directory
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    assert manifest["format"] == FORMAT == 1
+    expected = {n: [(directory / n).stat().st_size, sha256_file(directory / n)] for n in names_of(directory)}
+    del expected[MANIFEST]
+    assert manifest["files"] == expected
+
+
+def test_vectors_come_back_by_name_whatever_their_order(tmp_path: Path) -> None:
+    specs = [VectorSpec("z", (3,)), VectorSpec("a", (2,)), VectorSpec("m", (1,))]
+    values = [np.array(v, np.float32) for v in ([1, 2, 3], [4, 5], [6])]
+    write_packed(tmp_path / "p", PROVENANCE, [], zip(specs, values, strict=True), tmp_path)
+    opened = open_packed(tmp_path / "p")
+    assert {n: v.tolist() for n, v in opened.vectors.items()} == {"z": [1, 2, 3], "a": [4, 5], "m": [6]}
+
+
+def test_scalars_and_arrays_come_back_exactly(tmp_path: Path) -> None:
+    tensor = PackedTensor(
+        "c",
+        (2, 3),
+        {"codes": np.arange(5, dtype=np.uint8), "scales": np.array([[0.1, 2]], np.float32)},
+        {"base": -12.345678901234567, "bits": 3},
+        {"tables": np.arange(4, dtype=np.uint8)},
+    )
+    write_packed(tmp_path / "p", PROVENANCE, [("x.weight", tensor), ("y.weight", tensor)], [], tmp_path)
+    opened = open_packed(tmp_path / "p")
+    for name in ("x.weight", "y.weight"):
+        found = opened.tensors[name]
+        assert (found.codec, found.shape, dict(found.scalars)) == ("c", (2, 3), dict(tensor.scalars))
+        assert found.arrays.keys() == tensor.arrays.keys()
+        assert all(
+            np.array_equal(found.arrays[k], v) and found.arrays[k].dtype == v.dtype for k, v in tensor.arrays.items()
+        )
+        assert found.shared["tables"].tolist() == [0, 1, 2, 3]
+    assert opened.size.parts["tables"] == 4
+    assert opened.size.parts["codes"] == 10
+
+
+@pytest.mark.parametrize("value", [70000.0, -1e9])
+def test_a_vector_beyond_float16_is_refused_and_nothing_is_written(value: float, tmp_path: Path) -> None:
+    vector = (VectorSpec("ln.weight", (2,)), np.array([1, value], np.float32))
+    with pytest.raises(NashSwarmError, match=r"ln\.weight: values reach .*beyond float16"):
+        write_packed(tmp_path / "p", PROVENANCE, [], [vector], tmp_path)
+    assert names_of(tmp_path) == []
+
+
+def test_a_failure_leaves_the_old_directory(copy: Path) -> None:
+    def tensors() -> Any:
+        yield "x.weight", PackedTensor("c", (1, 1), {"codes": np.zeros(1, np.uint8)})
+        raise NashSwarmError("stop")
+
+    before = {n: (copy / n).read_bytes() for n in names_of(copy)}
+    with pytest.raises(NashSwarmError, match="stop"):
+        write_packed(copy, PROVENANCE, tensors(), [], copy)
+    assert {n: (copy / n).read_bytes() for n in names_of(copy)} == before
+    assert names_of(copy.parent) == ["packed"]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+FILES = ("config.json", "generation_config.json", PAYLOAD, "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [0, 9, 0.3, 0.7, -1])
+def test_a_flipped_bit_is_refused(name: str, place: float, copy: Path) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[int(place * len(data)) if isinstance(place, float) else place] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(PackedError, match=f"{name}: the SHA-256 is not that of the manifest"):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 4])
+def test_a_flipped_bit_in_the_manifest_is_refused(bit: int, copy: Path) -> None:
+    """It holds every scale's exponent, width and shape: a changed digit is a changed model."""
+    data = (copy / MANIFEST).read_bytes()
+    accepted = []
+    for place in range(bit, len(data), 37):
+        changed = bytearray(data)
+        changed[place] ^= 1 << bit
+        (copy / MANIFEST).write_bytes(changed)
+        try:
+            open_packed(copy)
+        except PackedError:
+            continue
+        except Exception as error:
+            accepted.append(f"{place} ({type(error).__name__})")
+        else:
+            accepted.append(f"{place} {bytes(changed[place - 10 : place + 10])!r}")
+    assert not accepted, f"{len(accepted)} changes of {len(range(bit, len(data), 37))} went unnoticed: {accepted[:6]}"
+
+
+@pytest.mark.parametrize(
+    "change", ["drop tensors", "drop files", "rename codec", "other shape", "other bits", "unlist config"]
+)
+def test_a_manifest_that_was_edited_is_refused(change: str, copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    entry = manifest["tensors"]["transformer.h.0.attn.c_attn.weight"]
+    if change == "drop tensors":
+        del manifest["tensors"]
+    elif change == "drop files":
+        manifest["files"] = {}
+    elif change == "rename codec":
+        entry["codec"] = "uniform"
+    elif change == "other shape":
+        entry["shape"] = entry["shape"][::-1]
+    elif change == "other bits":
+        entry["bits"] = 2
+    else:
+        del manifest["files"]["config.json"]
+    (copy / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, separators=(",", ":")))
+    with pytest.raises(PackedError):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_truncated_and_grown_files_are_refused(name: str, copy: Path) -> None:
+    data = (copy / name).read_bytes()
+    for changed in (data[:-1], data + b"\0", b""):
+        (copy / name).write_bytes(changed)
+        with pytest.raises(PackedError, match=f"{name}: {len(changed)} bytes, expected {len(data)}"):
+            open_packed(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"5"])
+def test_a_manifest_that_is_none_is_refused(content: bytes, copy: Path) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    with pytest.raises(PackedError, match=r"manifest\.json: (not valid JSON|format None)"):
+        open_packed(copy)
+
+
+def test_a_truncated_manifest_is_refused(copy: Path) -> None:
+    data = (copy / MANIFEST).read_bytes()
+    for changed in (data[:-1], data + b"}", data[: len(data) // 2]):
+        (copy / MANIFEST).write_bytes(changed)
+        with pytest.raises(PackedError, match=r"manifest\.json: not valid JSON"):
+            open_packed(copy)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused(name: str, copy: Path) -> None:
+    (copy / name).unlink()
+    with pytest.raises(PackedError, match=f"{name}: the manifest lists this file, but it is not there"):
+        open_packed(copy)
+
+
+def test_a_directory_without_manifest_is_no_packed_one(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    with pytest.raises(PackedError, match=r"no manifest\.json; this is not a packed directory"):
+        open_packed(copy)
+    with pytest.raises(PackedError, match=r"no manifest\.json"):
+        open_packed(copy / "nowhere")
+
+
+@pytest.mark.parametrize("version", [0, FORMAT + 1, "1", None])
+def test_an_unknown_format_is_refused(version: object, copy: Path) -> None:
+    edit_json(copy / MANIFEST, format=version)
+    with pytest.raises(PackedError, match=rf"manifest\.json: format {version!r}, this version reads format {FORMAT}"):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "vocab.json"]
+)
+def test_a_stray_file_that_could_be_loaded_is_refused(name: str, copy: Path) -> None:
+    """transformers' own from_pretrained would take these in place of ours."""
+    (copy / name).write_bytes(b"x")
+    with pytest.raises(PackedError, match=f"{name} is not listed in the manifest"):
+        open_packed(copy)
+
+
+def test_a_link_in_place_of_a_file_is_refused(copy: Path, tmp_path: Path) -> None:
+    shutil.move(copy / PAYLOAD, tmp_path / PAYLOAD)
+    (copy / PAYLOAD).symlink_to(tmp_path / PAYLOAD)
+    with pytest.raises(PackedError, match=PAYLOAD):
+        open_packed(copy)
+
+
+def test_a_name_that_leaves_the_directory_is_refused(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    files = json.loads((copy / MANIFEST).read_text())["files"]
+    edit_json(copy / MANIFEST, files={**files, "../x": [1, sha256_file(tmp_path / "x")]})
+    with pytest.raises(PackedError, match=r"\.\./x"):
+        open_packed(copy)
+
+
+def test_arrays_of_a_packed_model_cannot_be_written(packed: PackedModels) -> None:
+    array = packed("gpt2", "rtn4-g64").opened.tensors["transformer.wte.weight"].arrays["codes"]
+    assert not array.flags.writeable

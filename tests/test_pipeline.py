@@ -1,0 +1,836 @@
+"""dvc.yaml against the code that it runs, and DVC itself on a miniature of the project.
+
+The first part reads dvc.yaml and the syntax trees: a stage's `deps` are the code and the artifacts that it reads, its
+`params` the keys that it reads, its `outs` what it writes; nothing is missing and nothing is needless. Each check is
+proven on a planted violation. The second part (marker `pipeline`) runs DVC on a copy of the project with a tiny model.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import PROJECT, Checkpoints, tiny_text
+
+from nashswarm.artifacts import Layout
+from nashswarm.closure import closure, fingerprint
+from nashswarm.config import Params, load_params, parse_params, room_names
+from nashswarm.recipes import method_files
+
+ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs"))
+RECIPE = "data/methods/${item.method}.json"
+# Threads change speed and late digits: a run on another machine must not make every result stale (config.Compute).
+EXEMPT_PARAMS = ("compute",)
+# Staging is what a broken download goes on from, in no stage's care; params.yaml is declared key by key; the root
+# stands for a model's own files, wherever they lie, which source.json holds with their SHA-256 and `open` compares.
+EXEMPT_PATHS = ("data/staging", "params.yaml", ".", "*")
+# DESIGN section 6: the report states what ran, so it depends on the whole block.
+WHOLE_BLOCKS = {("report", "active")}
+
+
+# --- what dvc.yaml says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as it is declared."""
+
+    name: str
+    script: str
+    words: tuple[str, ...]  # the items that the command line passes, e.g. model, method
+    deps: frozenset[str]
+    params: frozenset[str]
+    outs: frozenset[str]
+
+    @property
+    def code(self) -> frozenset[str]:
+        return frozenset(d for d in self.deps if d.startswith(("src/", "stages/")))
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        return self.deps - self.code
+
+
+def stages(tree: Path) -> list[Stage]:
+    document = yaml.safe_load((tree / "dvc.yaml").read_text(encoding="utf-8"))
+    return [_stage(name, block) for name, block in document["stages"].items()]
+
+
+def _stage(name: str, block: dict[str, Any]) -> Stage:
+    command = re.fullmatch(r"PYTHONPATH=src python (stages/\w+\.py)((?: \$\{item\.\w+\})*)", block["cmd"])
+    assert command, f"{name}: {block['cmd']}"
+    outs = [next(iter(o)) if isinstance(o, dict) else o for key in ("outs", "metrics") for o in block.get(key, ())]
+    return Stage(
+        name,
+        command[1],
+        tuple(re.findall(r"item\.(\w+)", command[2])),
+        frozenset(block.get("deps", ())),
+        frozenset(block.get("params", ())),
+        frozenset(outs),
+    )
+
+
+def covers(declared: str, name: str, separator: str) -> bool:
+    return name == declared or name.startswith(declared + separator)
+
+
+# --- code ----------------------------------------------------------------------------------------------------------
+
+
+def code_problems(tree: Path) -> Iterator[str]:
+    """Code deps against the import closure.
+
+    Rooms are found by name: `config` loads them to check settings, whatever the stage; a stage that runs them depends
+    on them through the method's recipe, and the stage that writes recipes on all that a recipe may name.
+    """
+    for stage in stages(tree):
+        needed = _closure(tree, [tree / stage.script])
+        if "method_files" in _names(tree / stage.script):
+            rooms = [path for room in ROOMS for path in (tree / room).glob("*.py")]
+            needed |= {path for path in _closure(tree, rooms) if not path.startswith(ROOMS)} | {*ROOMS}
+        for path in sorted(needed):
+            if not any(covers(dep, path, "/") for dep in stage.code):
+                yield f"{stage.name}: deps lack {path}"
+        for dep in sorted(stage.code - needed):
+            yield f"{stage.name}: deps need not hold {dep}"
+
+
+def runs_rooms(tree: Path, stage: Stage) -> bool:
+    """Whether a stage runs what a method names, beyond the check of params.yaml that all stages begin with."""
+    library = _closure(tree, [tree / stage.script]) - {"src/nashswarm/config.py"}
+    return any("load_room" in _names(tree / path) for path in library)
+
+
+def _closure(tree: Path, files: list[Path]) -> set[str]:
+    base = tree.resolve()
+    return {p.relative_to(base).as_posix() for p in closure(files, [tree / "src", tree / "stages"])}
+
+
+def _names(path: Path) -> set[str]:
+    nodes = ast.walk(syntax(path))
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in nodes if isinstance(n, ast.Name | ast.Attribute)}
+
+
+def syntax(path: Path) -> ast.Module:
+    return _parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _parse(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+# --- params --------------------------------------------------------------------------------------------------------
+
+
+def params_problems(tree: Path) -> Iterator[str]:
+    """Declared params against `params.x.y` in the stage's script; a key passed on whole counts whole."""
+    for stage in stages(tree):
+        main = function(tree / stage.script, "main")
+        if [a.arg for a in main.args.args[1:]] != list(stage.words):
+            yield f"{stage.name}: the command line passes {stage.words}, main takes {ast.unparse(main.args)}"
+        read = {r for r in keys_read(tree, main, stage.words) if not r.startswith(EXEMPT_PARAMS)}
+        for key in sorted(read):
+            if not any(covers(p, key, ".") for p in stage.params):
+                yield f"{stage.name}: params lack {key}"
+        for key in sorted(stage.params):
+            if not any(covers(key, r, ".") for r in read):
+                yield f"{stage.name}: params need not hold {key}"
+            elif not _all_of(key, read) and (stage.name, key) not in WHOLE_BLOCKS:
+                yield f"{stage.name}: params hold more of {key} than is read"
+
+
+def keys_read(tree: Path, main: ast.FunctionDef, words: tuple[str, ...] = ()) -> set[str]:
+    """Dotted keys of params that a function reads, or has a function of `common` or a property of Params read."""
+    own = main.args.args[0].arg
+    parents = {child: node for node in ast.walk(main) for child in ast.iter_child_nodes(node)}
+    found: set[str] = set()
+    for node in ast.walk(main):
+        if not (isinstance(node, ast.Name) and node.id == own):
+            continue
+        key, place = "", node
+        while isinstance(parent := parents[place], ast.Attribute | ast.Subscript) and parent.value is place:
+            if isinstance(parent, ast.Attribute):
+                if isinstance(parents[parent], ast.Call) and parents[parent].func is parent:  # type: ignore[attr-defined]
+                    break  # a method of the value, e.g. .items()
+                key += f".{parent.attr}"
+            else:
+                index = ast.unparse(parent.slice)
+                key += f".${{item.{index}}}" if index in words else ".*"
+            place = parent
+        if not key:
+            assert isinstance(parent, ast.Call), f"params as a whole in {ast.unparse(parent)}"
+            found |= keys_read(tree, function(tree / "stages/common.py", ast.unparse(parent.func)))
+        elif key[1:] in {n for n, v in vars(Params).items() if isinstance(v, property)}:
+            found |= keys_read(tree, function(tree / "src/nashswarm/config.py", key[1:]))
+        else:
+            found.add(key[1:])
+    return found
+
+
+def _all_of(key: str, read: set[str]) -> bool:
+    if key in read or f"{key}.*" in read:
+        return True
+    block = typing.get_type_hints(Params).get(key)
+    return dataclasses.is_dataclass(block) and {f"{key}.{f.name}" for f in dataclasses.fields(block)} <= read
+
+
+def function(path: Path, name: str) -> ast.FunctionDef:
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    raise LookupError(f"{path} has no function {name}")
+
+
+# --- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def artifact_problems(tree: Path) -> Iterator[str]:
+    """Deps and outs against the paths of LAYOUT that the script, or a function that it hands LAYOUT to, uses."""
+    for stage in stages(tree):
+        paths = Paths(tree)
+        main = function(tree / stage.script, "main")
+        paths.visit(main, {word: f"${{item.{word}}}" for word in stage.words})
+        read = {r for r in paths.read if not r.startswith(EXEMPT_PATHS)}
+        read -= {r for r in read for out in stage.outs if covers(out, r, "/")}
+        if runs_rooms(tree, stage):
+            read.add(RECIPE)
+        for path in sorted(read):
+            if not any(covers(dep, path, "/") for dep in stage.inputs):
+                yield f"{stage.name}: deps lack {path}"
+        for dep in sorted(stage.inputs):
+            if not any(covers(dep, r, "/") for r in read):
+                yield f"{stage.name}: deps need not hold {dep}"
+        for path in sorted(paths.written ^ stage.outs):
+            yield f"{stage.name}: outs {'lack' if path in paths.written else 'need not hold'} {path}"
+
+
+@dataclass
+class Paths:
+    """Follows LAYOUT through a function. What is not known before a run becomes '*'."""
+
+    tree: Path
+    read: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+
+    def visit(self, body: ast.FunctionDef, texts: dict[str, str], layout: str = "LAYOUT") -> None:
+        """Arguments: `texts`, what the function's arguments stand for; `layout`, the layout's name in it."""
+        scope = Scope(texts, layout)
+        nodes = list(ast.walk(body))
+        for node in nodes:
+            if isinstance(node, ast.Assign) and (place := scope.path(node.value)) is not None:
+                scope.places[ast.unparse(node.targets[0])] = place
+        done: set[ast.AST] = {n.value for n in nodes if isinstance(n, ast.Assign)}
+        for call in (n for n in nodes if isinstance(n, ast.Call)):
+            name = ast.unparse(call.func).rpartition(".")[2]
+            if name.startswith(("write_", "fresh_")) or name == "pack":
+                targets = [a for a in call.args if scope.path(a) is not None]
+                self.written |= {place for a in targets if (place := scope.path(a)) is not None}
+                done |= {*targets}
+            elif (reader := self._reader(name)) and (place := scope.path(call.args[0])) is not None:
+                inner = dict(zip((a.arg for a in reader.args.args), map(scope.text, call.args), strict=False))
+                self.read |= {f"{place}/{file}" for file in files_below(reader, inner)}
+                done.add(call.args[0])
+            elif any(isinstance(a, ast.Name) and a.id == layout for a in call.args):
+                self._follow(call, scope)
+        self._rest(body, scope, done)
+
+    def _rest(self, node: ast.AST, scope: Scope, done: set[ast.AST]) -> None:
+        """Every other path is read as it stands."""
+        if node in done and scope.path(node) is not None:
+            return
+        place = scope.path(node)
+        if place is not None and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            self.read.add(place)
+            return
+        for child in ast.iter_child_nodes(node):
+            self._rest(child, scope, done)
+
+    def _reader(self, name: str) -> ast.FunctionDef | None:
+        """The function of `artifacts` that reads files below its argument `directory`, if it is one."""
+        try:
+            found = function(self.tree / "src/nashswarm/artifacts.py", name)
+        except LookupError:
+            return None
+        return found if name.startswith("read_") and found.args.args[0].arg == "directory" else None
+
+    def _follow(self, call: ast.Call, scope: Scope) -> None:
+        module, _, name = ast.unparse(call.func).rpartition(".")
+        called = function(self.tree / f"src/nashswarm/{module}.py", name)
+        names = [a.arg for a in called.args.args]
+        layout = next(n for n, a in zip(names, call.args, strict=False) if ast.unparse(a) == scope.layout)
+        self.visit(called, dict(zip(names, map(scope.text, call.args), strict=False)), layout)
+
+
+@dataclass
+class Scope:
+    """What expressions stand for inside one function."""
+
+    texts: dict[str, str]
+    layout: str
+    places: dict[str, str] = field(default_factory=dict)  # variables that hold a path
+
+    def path(self, node: ast.AST) -> str | None:
+        """The path that an expression stands for; None if it is no path below the layout."""
+        if isinstance(node, ast.Name):
+            return self.places.get(node.id)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            left = self.path(node.left)
+            return None if left is None else f"{left}/{self.text(node.right)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr == "relative_to":
+                return self.path(node.func.value)
+            if ast.unparse(node.func.value) == self.layout:
+                return str(getattr(Layout(), node.func.attr)(*map(self.text, node.args)))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == self.layout:
+            value = getattr(Layout(), node.attr)
+            return None if callable(value) else str(value)
+        return None
+
+    def text(self, node: ast.AST) -> str:
+        """The text that an expression stands for."""
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(self.text(v.value if isinstance(v, ast.FormattedValue) else v) for v in node.values)
+        written = ast.unparse(node)
+        if written.startswith("params."):
+            return f"${{{written.removeprefix('params.')}}}"
+        return self.texts.get(written, "*")
+
+
+def files_below(reader: ast.FunctionDef, texts: dict[str, str]) -> set[str]:
+    """The files below `directory` that a reader opens: `directory / "tokens" / f"{corpus}.safetensors"`."""
+    scope = Scope(texts, "", {"directory": ""})
+    places = {scope.path(node) for node in ast.walk(reader) if isinstance(node, ast.BinOp)}
+    found = {p[1:] for p in places if p}
+    return {f for f in found if not any(other.startswith(f"{f}/") for other in found)}
+
+
+# --- static tests --------------------------------------------------------------------------------------------------
+
+Check = Callable[[Path], Iterator[str]]
+CHECKS: tuple[Check, ...] = (code_problems, params_problems, artifact_problems)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_dvc_yaml_fits_the_code(check: Check) -> None:
+    assert sorted(standing(check)) == []
+
+
+@cache
+def standing(check: Check) -> frozenset[str]:
+    """The project's own problems: what a planted one must come on top of."""
+    return frozenset(check(PROJECT))
+
+
+# (check, file, what stands there, what is put there, the problem that must be found)
+PLANTED = [
+    (
+        code_problems,
+        "dvc.yaml",
+        "      - src/nashswarm/evaluation.py\n",
+        "",
+        "baseline: deps lack src/nashswarm/evaluation.py",
+    ),
+    (code_problems, "dvc.yaml", "      - stages/pack.py\n", "", "pack: deps lack stages/pack.py"),
+    (
+        code_problems,
+        "dvc.yaml",
+        "      - src/nashswarm/bitpack.py\n",
+        "",
+        "methods: deps lack src/nashswarm/bitpack.py",
+    ),
+    (code_problems, "dvc.yaml", "      - src/nashswarm/codecs\n", "", "methods: deps lack src/nashswarm/codecs"),
+    (
+        code_problems,
+        "dvc.yaml",
+        "      - src/nashswarm/statistics.py\n",
+        "      - src/nashswarm/statistics.py\n      - src/nashswarm/packed.py\n",
+        "score: deps need not hold src/nashswarm/packed.py",
+    ),
+    (
+        code_problems,
+        "stages/report.py",
+        "def main",
+        "def late() -> None:\n    import nashswarm.statistics\n\n\ndef main",
+        "report: deps lack src/nashswarm/statistics.py",
+    ),
+    (params_problems, "dvc.yaml", "      - scoring\n", "", "score: params lack scoring"),
+    (params_problems, "dvc.yaml", "      - evaluation.context\n", "", "download: params lack evaluation.context"),
+    (params_problems, "dvc.yaml", "      - models.${item.model}\n", "", "download: params lack models.${item.model}"),
+    (
+        params_problems,
+        "dvc.yaml",
+        "      - evaluation.context\n",
+        "      - evaluation\n",
+        "download: params hold more of evaluation",
+    ),
+    (
+        params_problems,
+        "dvc.yaml",
+        "      - scoring\n",
+        "      - scoring\n      - report\n",
+        "score: params need not hold report",
+    ),
+    (
+        params_problems,
+        "stages/pack.py",
+        "recipe =",
+        "params.scoring.seed\n    recipe =",
+        "pack: params lack scoring.seed",
+    ),
+    (
+        params_problems,
+        "stages/report.py",
+        "params.report.dpi",
+        "params.corpora_needed",
+        "report: params need not hold report",
+    ),
+    (artifact_problems, "dvc.yaml", "      - data/downloads/${item.model}/source.json\n", "", "/source.json"),
+    (
+        artifact_problems,
+        "dvc.yaml",
+        "      - data/downloads/${item.model}/tokens/${active.calibration}.safetensors\n",
+        "",
+        "score: deps lack data/downloads/${item.model}/tokens/${active.calibration}.safetensors",
+    ),
+    (
+        artifact_problems,
+        "dvc.yaml",
+        "      - data/scores/${item.model}\n      - src",
+        "      - src",
+        "allocate: deps lack data/scores/${item.model}/*.safetensors",
+    ),
+    (
+        artifact_problems,
+        "dvc.yaml",
+        "      - data/packed/${item.model}/${item.method}\n      - src",
+        "      - src",
+        "evaluate: deps lack data/packed/${item.model}/${item.method}",
+    ),
+    (artifact_problems, "dvc.yaml", f"      - {RECIPE}\n", "", f"allocate: deps lack {RECIPE}"),
+    (
+        artifact_problems,
+        "dvc.yaml",
+        "      - data/reference\n",
+        "      - data/reference\n      - data/more\n",
+        "download: deps need not hold data/more",
+    ),
+    (artifact_problems, "dvc.yaml", "      - metrics\n", "", "report: deps lack metrics/*/*.json"),
+    (
+        artifact_problems,
+        "dvc.yaml",
+        "    outs:\n      - data/scores/${item.model}\n",
+        "",
+        "score: outs lack data/scores/${item.model}",
+    ),
+    (
+        artifact_problems,
+        "stages/score.py",
+        "original =",
+        "artifacts.write_json(LAYOUT.report, {})\n    original =",
+        "score: outs lack report",
+    ),
+    (
+        artifact_problems,
+        "stages/evaluate.py",
+        "head =",
+        "artifacts.read_allocation(LAYOUT.allocation(model, method))\n    head =",
+        "evaluate: deps lack data/allocations/${item.model}/${item.method}/allocation.json",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "file", "old", "new", "problem"), PLANTED, ids=[row[-1] for row in PLANTED])
+def test_planted_problem_is_caught(check: Check, file: str, old: str, new: str, problem: str, tmp_path: Path) -> None:
+    copy_code(tmp_path)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    found = set(check(tmp_path)) - standing(check)
+    assert any(problem in line for line in found), found
+
+
+LOADED = """
+import importlib, json, sys
+found = {}
+for name in input().split():
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == "nashswarm"]:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+    found[name] = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "nashswarm"]
+print(json.dumps(found))
+"""
+
+
+def test_closure_holds_all_that_python_loads() -> None:
+    rooms = {
+        f"nashswarm.{r}.{n}": f"src/nashswarm/{r}/{n}.py"
+        for r in ("importance", "allocators", "codecs")
+        for n in room_names(r)
+    }
+    scripts = {Path(stage.script).stem: stage.script for stage in stages(PROJECT) if stage.name != "report"}
+    names = {**rooms, **scripts}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        input=" ".join(names),
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": "src:stages"},
+        check=True,
+    )
+    for name, files in json.loads(done.stdout).items():
+        loaded = {Path(f).resolve().relative_to(PROJECT).as_posix() for f in files}
+        # Packages above a room's file: docstrings (test_architecture), and the version, which `types` brings along.
+        loaded -= {"src/nashswarm/__init__.py", *(f"{room}/__init__.py" for room in ROOMS)}
+        assert loaded <= _closure(PROJECT, [PROJECT / names[name]]), name
+
+
+def test_recipe_covers_what_a_method_names() -> None:
+    source = PROJECT / "src"
+    for method in load_params(PROJECT / "params.yaml").methods.values():
+        code = fingerprint(closure(method_files(source, method), [source]), PROJECT)
+        named = {f"importance/{method.importance}", f"allocators/{method.allocator}", f"codecs/{method.codec}", "types"}
+        assert {f"src/nashswarm/{name}.py" for name in named} <= set(code)
+        assert (
+            code["src/nashswarm/types.py"] == hashlib.sha256((source / "nashswarm/types.py").read_bytes()).hexdigest()
+        )
+
+
+# --- DVC on a miniature --------------------------------------------------------------------------------------------
+
+METHODS = ("fp32", "nash", "rtn4-g64")
+SPLITS = ("calibration", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project that DVC can run, without a git identity, a home, or a network."""
+
+    root: Path
+    home: Path
+    first: str = ""  # what the first `dvc repro` printed
+
+    def call(
+        self, *words: str, ok: bool = True, timeout: int = 600, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        own = {
+            "HOME": str(self.home),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "DVC_SITE_CACHE_DIR": str(self.home / "site"),
+            "DVC_GLOBAL_CONFIG_DIR": str(self.home / "global"),
+            "DVC_SYSTEM_CONFIG_DIR": str(self.home / "system"),
+            "HF_HOME": str(self.home / "hf"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        dropped = ("PYTHONPATH", "GIT_", "DVC_", "HF_", "XDG_", "EMAIL")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+        done = subprocess.run(
+            words,
+            cwd=self.root,
+            env={**kept, **own, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0 or not ok, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *words: str) -> str:
+        return self.call("dvc", *words).stdout
+
+    def git(self, *words: str) -> str:
+        return self.call("git", *words).stdout
+
+    def commit(self) -> None:
+        self.git("add", "--all")
+        self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "test")
+
+    def set(self, **blocks: Any) -> None:
+        """Change blocks of params.yaml: `scoring={"tokens": 256}` replaces that key and keeps the block's others."""
+        path = self.root / "params.yaml"
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for block, changes in blocks.items():
+            raw[block] |= changes
+        path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+
+    def raw(self) -> dict[str, Any]:
+        return yaml.safe_load((self.root / "params.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def copy(self, target: Path) -> Project:
+        shutil.copytree(self.root, target / "project", symlinks=True)
+        return dataclasses.replace(self, root=target / "project")
+
+    def files(self) -> dict[str, bytes]:
+        """All files' contents; compiled ones, git's and DVC's own left out."""
+        found = (p for p in self.root.rglob("*") if p.is_file() and not {".git", ".dvc", "__pycache__"} & {*p.parts})
+        return {p.relative_to(self.root).as_posix(): p.read_bytes() for p in found}
+
+
+def ran(output: str) -> list[str]:
+    """The stages that DVC ran, in their order."""
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+def of_method(method: str) -> list[str]:
+    return [f"{stage}@reference-{method}" for stage in ("allocate", "pack", "evaluate")]
+
+
+def copy_code(target: Path) -> None:
+    for name in ("src", "stages"):
+        shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (target / ".dvc").mkdir()
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        if (PROJECT / name).is_file():
+            shutil.copyfile(PROJECT / name, target / name)
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints) -> Project:
+    """The project with a tiny model and three methods, run once and committed; do not write to it."""
+    root, home = tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("home")
+    copy_code(root)
+    shutil.copytree(checkpoint("gpt2"), root / "data/reference")
+    for seed, split in enumerate(SPLITS):
+        text = "\n".join(tiny_text(60, 10 + seed))
+        (root / f"data/reference/{split}.txt").write_text(f"{text}\n", encoding="utf-8")
+    shutil.copyfile(PROJECT / "params.yaml", root / "params.yaml")
+    project = Project(root, home)
+    raw = project.raw()
+    paper = {**raw["evaluation"]["paper"], "length": 16, "texts": [20, 30]}
+    project.set(
+        active={"models": ["reference"], "calibration": "sampled", "corpora": ["sampled"], "methods": [*METHODS]},
+        scoring={"tokens": 512, "batch_tokens": 256},
+        evaluation={"paper": paper},
+    )
+    parse_params(project.raw())
+    project.git("init", "--quiet", "--initial-branch=main")
+    output = project.dvc("repro")
+    project.commit()
+    return dataclasses.replace(project, first=output)
+
+
+@pytest.fixture
+def copy(miniature: Project, tmp_path: Path) -> Project:
+    """A copy of the miniature, outputs and cache included, to change at will."""
+    return miniature.copy(tmp_path)
+
+
+@pytest.mark.pipeline
+def test_first_run_runs_every_stage_once(miniature: Project) -> None:
+    expected = {"methods", "report", *(f"{s}@reference" for s in ("download", "score", "baseline"))}
+    expected |= {stage for method in METHODS for stage in of_method(method)}
+    assert sorted(ran(miniature.first)) == sorted(expected)
+
+
+@pytest.mark.pipeline
+def test_second_run_runs_nothing_and_leaves_git_clean(miniature: Project) -> None:
+    assert ran(miniature.dvc("repro")) == []
+    assert miniature.git("status", "--porcelain") == ""
+
+
+@pytest.mark.pipeline
+def test_only_small_files_are_in_git(miniature: Project) -> None:
+    names = miniature.git("ls-files").split()
+    made = [n for n in names if n.startswith(("data/", "report", "metrics/")) and not n.startswith("data/reference/")]
+    assert {n for n in made if not n.endswith(".gitignore")} == {f"metrics/reference/{m}.json" for m in METHODS}
+
+
+@pytest.mark.pipeline
+def test_recipes_name_their_codecs_and_no_others(miniature: Project) -> None:
+    codes = {m: json.loads((miniature.root / f"data/methods/{m}.json").read_text())["code"] for m in METHODS}
+    codecs = {m: {Path(f).stem for f in code if "/codecs/" in f} - {"__init__"} for m, code in codes.items()}
+    assert codecs == {
+        "fp32": {"source", "kept"},
+        "nash": {"classes", "uniform", "kept"},
+        "rtn4-g64": {"grouped", "kept"},
+    }
+    assert {"src/nashswarm/entropy.py", "src/nashswarm/rans.py"} <= set(codes["nash"])
+
+
+@pytest.mark.pipeline
+def test_experiment_with_one_setting_touches_one_method(copy: Project) -> None:
+    output = copy.dvc("exp", "run", "--name", "finer", "-S", "methods.rtn4-g64.group=32")
+    assert ran(output) == ["methods", *of_method("rtn4-g64"), "report"]
+
+    shown = json.loads(copy.dvc("exp", "show", "--json"))
+    experiments = [e for row in shown for e in row["experiments"] or ()]
+    assert [e["name"] for e in experiments] == ["finer"]
+
+    copy.dvc("exp", "branch", "finer", "finer")
+    changed = copy.git("diff", "--name-only", "main", "finer").split()
+    assert sorted(changed) == ["dvc.lock", "metrics/reference/rtn4-g64.json", "params.yaml"]
+    difference = json.loads(copy.dvc("metrics", "diff", "main", "finer", "--json"))
+    assert list(difference) == ["metrics/reference/rtn4-g64.json"]
+    figures = difference["metrics/reference/rtn4-g64.json"]
+    assert figures["size.file_bytes"]["diff"] > 0
+    assert "quality.sampled.loss" in figures
+
+
+@pytest.mark.pipeline
+def test_experiment_in_a_temporary_workspace_leaves_the_own_one_alone(copy: Project) -> None:
+    before = copy.files()
+    output = copy.dvc("exp", "run", "--temp", "--name", "alone", "-S", "active.methods=[fp32]")
+    assert ran(output) == ["methods", "report"]
+    assert copy.files() == before
+    assert "alone" in copy.dvc("exp", "list", "--name-only")
+
+
+@pytest.mark.pipeline
+def test_scoring_touches_neither_download_nor_baseline(copy: Project) -> None:
+    copy.set(scoring={"tokens": 256})
+    assert ran(copy.dvc("repro", "score@reference", "baseline@reference")) == ["score@reference"]
+
+
+@pytest.mark.pipeline
+def test_codec_touches_only_the_methods_that_use_it(copy: Project) -> None:
+    with (copy.root / "src/nashswarm/codecs/grouped.py").open("a", encoding="utf-8") as file:
+        file.write("\n\nUNUSED = 0\n")
+    # Figures stay as they are, so the report, which is made of them, stays too.
+    assert ran(copy.dvc("repro")) == ["methods", *of_method("rtn4-g64")]
+    assert copy.git("status", "--porcelain", "metrics") == ""
+
+
+@pytest.mark.pipeline
+def test_added_corpus_touches_what_measures(copy: Project) -> None:
+    for seed, split in enumerate(SPLITS):
+        (copy.root / f"own-{split}.txt").write_text("\n".join(tiny_text(30, 20 + seed)), encoding="utf-8")
+    own = {"source": "path", **{split: f"own-{split}.txt" for split in SPLITS}}
+    copy.set(corpora={"own": own}, active={"corpora": ["sampled", "own"]})
+    output = copy.dvc("repro", "score@reference", "baseline@reference")
+    assert ran(output) == ["download@reference", "baseline@reference"]
+    assert (copy.root / "data/baselines/reference/own.safetensors").is_file()
+    stale = json.loads(copy.dvc("status", "--json"))
+    assert sorted(stale) == sorted(["report", *(f"evaluate@reference-{m}" for m in METHODS)])
+
+
+@pytest.mark.pipeline
+def test_added_model_touches_no_other(copy: Project) -> None:
+    copy.set(models={"own": {"source": "path", "path": "data/reference"}}, active={"models": ["reference", "own"]})
+    stale = json.loads(copy.dvc("status", "--json"))
+    expected = {"report", *(f"{s}@own" for s in ("download", "score", "baseline"))}
+    expected |= {stage.replace("@reference-", "@own-") for m in METHODS for stage in of_method(m)}
+    assert sorted(stale) == sorted(expected)
+
+
+@pytest.mark.pipeline
+def test_fresh_clone_makes_the_same_bytes(miniature: Project, tmp_path: Path) -> None:
+    miniature.git("clone", "--quiet", str(miniature.root), str(tmp_path / "clone"))
+    clone = dataclasses.replace(miniature, root=tmp_path / "clone")
+    output = clone.dvc("repro", "evaluate@reference-nash", "evaluate@reference-rtn4-g64")
+    assert len(ran(output)) == 4 + 2 * 3
+    assert clone.git("status", "--porcelain") == ""  # dvc.lock holds the hash of every output
+    made = {n: b for n, b in clone.files().items() if n.startswith(("data/packed/", "metrics/"))}
+    assert {f"data/packed/reference/{m}/packed.safetensors" for m in ("nash", "rtn4-g64")} < set(made)
+    assert made == {n: b for n, b in miniature.files().items() if n in made}
+
+
+# --- wrong input ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What a user may do wrong, and what the answer must name."""
+
+    make: Callable[[Project], None]
+    culprit: str
+    fix: str  # a pattern
+    stage: tuple[str, ...] = ("methods",)
+
+
+def _own_model(project: Project) -> Path:
+    project.set(models={"reference": {"source": "path", "path": "own"}})
+    shutil.copytree(project.root / "data/reference", project.root / "own")
+    return project.root / "own"
+
+
+def _own_text(project: Project, text: str) -> None:
+    (project.root / "own.txt").write_text(text, encoding="utf-8")
+    files = {**{split: f"data/reference/{split}.txt" for split in SPLITS}, "test": "own.txt"}
+    project.set(corpora={"sampled": {"source": "path", **files}})
+
+
+def _set_method(project: Project, name: str, **settings: Any) -> None:
+    project.set(methods={name: {**project.raw()["methods"][name], **settings}})
+
+
+def _missing_model(project: Project) -> None:
+    shutil.rmtree(_own_model(project))
+
+
+def _only_a_pickle(project: Project) -> None:
+    weights = _own_model(project) / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+def _not_a_number(project: Project) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = _own_model(project) / "model.safetensors"
+    arrays = {k: np.array(v) for k, v in load_file(weights).items()}
+    next(v for k, v in arrays.items() if k.endswith("h.1.attn.c_attn.weight"))[3, 5] = np.nan
+    save_file(arrays, weights, {"format": "pt"})
+
+
+DOWNLOAD = ("download", "reference")
+MISTAKES = {
+    "unknown key": Mistake(lambda p: p.set(scoring={"tokns": 64}), "scoring.tokns", "did you mean 'tokens'"),
+    "wrong type": Mistake(lambda p: p.set(evaluation={"block": "many"}), "evaluation.block", "expected a whole number"),
+    "no such width": Mistake(
+        lambda p: _set_method(p, "rtn4-g64", bits=5), "methods.rtn4-g64.bits: 5", r"offers 2, 3, 4"
+    ),
+    "shares": Mistake(
+        lambda p: _set_method(p, "nash", shares=[0.7, 0.2, 0.2]), "methods.nash.shares", r"1\.1, not to 1"
+    ),
+    "missing model": Mistake(_missing_model, "own: no such model directory", "check `path` under `models`", DOWNLOAD),
+    "only a pickle": Mistake(_only_a_pickle, "pytorch_model.bin", "save_pretrained", DOWNLOAD),
+    "empty text": Mistake(lambda p: _own_text(p, "\n \n"), "own.txt", "give|check|name", DOWNLOAD),
+    "short text": Mistake(lambda p: _own_text(p, "o mar"), "corpora.sampled.test", "give more text", DOWNLOAD),
+    "NaN": Mistake(_not_a_number, "h.1.attn.c_attn.weight", "NaN.*(repair|again|another|train|convert)", DOWNLOAD),
+    "no hub": Mistake(
+        lambda p: p.set(active={"models": ["gpt2"]}), "127.0.0.1:9", "set HF_ENDPOINT to a mirror", ("download", "gpt2")
+    ),
+}
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_wrong_input_is_named_with_its_fix(mistake: Mistake, copy: Project) -> None:
+    mistake.make(copy)
+    before = copy.files()
+    stage, *words = mistake.stage
+    done = copy.call(
+        sys.executable,
+        f"stages/{stage}.py",
+        *words,
+        ok=False,
+        timeout=60,
+        PYTHONPATH="src",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert mistake.culprit in line
+    assert re.search(mistake.fix, line), line
+    assert copy.files() == before

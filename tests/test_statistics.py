@@ -1,0 +1,210 @@
+"""Second moments, Fisher information and lookups against a direct computation with autograd on the whole model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, FAMILIES, VOCABULARY, Checkpoints, no_progress
+from torch import Tensor
+from torch.nn import functional
+
+from nashswarm.config import Scoring
+from nashswarm.corpora import TokenizedSplit
+from nashswarm.models import describe, load_original
+from nashswarm.statistics import FREQUENCY_PRIOR, gather
+from nashswarm.types import InputError, ModelIndex, NashSwarmError, Statistics
+
+WINDOWS = 6
+SCORING = Scoring(tokens=WINDOWS * CONTEXT + 5, batch_tokens=WINDOWS * CONTEXT, seed=3)
+# float32 forward and backward passes of two blocks against float64 ones: a few hundred roundings of 6e-8 each, most
+# of them cancelling; entries that are sums with cancellation are held against the largest entry of their array.
+TOLERANCE = 2e-5
+
+Splits = Callable[..., TokenizedSplit]
+
+
+def run(directory: Path, ids: np.ndarray, scoring: Scoring = SCORING) -> dict[str, Statistics]:
+    index = describe(directory)
+    found = gather(load_original(directory, index), index, ids, scoring, no_progress)
+    return {tensor.name: statistics for tensor, statistics in found}
+
+
+@dataclasses.dataclass
+class Direct:
+    """Sums over all tokens, float64, straight from the definitions."""
+
+    second: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+    lookup: dict[str, Tensor]  # of the gradients of looked-up values
+    counts: dict[str, Tensor]
+
+
+def directly(directory: Path, ids: np.ndarray) -> tuple[ModelIndex, Direct]:
+    """One pass of the whole model in float64, hooks on every module that owns a matrix."""
+    index = describe(directory)
+    model = load_original(directory, index)
+    windows = torch.from_numpy(ids[: WINDOWS * CONTEXT].astype(np.int64)).view(WINDOWS, CONTEXT)
+    generator = torch.Generator().manual_seed(SCORING.seed)
+    with torch.no_grad():  # labels are drawn from the float32 model's probabilities
+        drawn = torch.multinomial(model(windows).logits.flatten(0, 1).softmax(-1), 1, generator=generator).squeeze(1)
+    model = copy.deepcopy(model).double().requires_grad_(True)
+    canonical = {id(model.get_parameter(t.name)): t.name for t in index.tensors}
+    found = Direct({}, {}, {}, {})
+
+    def watch(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        name = canonical[id(module.weight)]
+        if isinstance(module, torch.nn.Embedding):
+            output.register_hook(lambda g: found.lookup.update({name: g.flatten(0, -2).square().sum(0)}))
+            return
+        x = args[0].detach().flatten(0, -2)
+        found.second[name] = x.T @ x
+        output.register_hook(lambda g: found.fisher.update({name: g.flatten(0, -2).square().sum(0)}))
+
+    for module in model.modules():
+        if id(getattr(module, "weight", None)) in canonical:
+            module.register_forward_hook(watch)
+    logits = model(windows).logits.flatten(0, 1)
+    functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    p = logits.detach().softmax(-1)
+    found.fisher[index.head] = (p * (1 - p)).sum(0)  # the expectation over labels, not the draw
+    positions = torch.zeros(0)
+    for tensor in index.tensors:
+        if tensor.kind == "embedding" and tensor.shape[0] == VOCABULARY:
+            found.counts[tensor.name] = torch.bincount(windows.flatten(), minlength=VOCABULARY).double()
+        elif tensor.kind == "embedding":  # positions; OPT's begin at row 2
+            positions = torch.zeros(tensor.shape[0], dtype=torch.float64)
+            positions[tensor.shape[0] - CONTEXT :] = WINDOWS
+            found.counts[tensor.name] = positions
+    return index, found
+
+
+def close(found: np.ndarray | None, expected: Tensor) -> None:
+    assert found is not None
+    assert found.dtype == np.float32
+    wanted = expected.numpy()
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=TOLERANCE * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_equal_a_direct_computation(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+    ids = split(family).ids
+    found = run(checkpoint(family), ids)
+    index, expected = directly(checkpoint(family), ids)
+    tokens = WINDOWS * CONTEXT
+    assert found.keys() == {t.name for t in index.tensors}
+    for tensor in index.tensors:
+        statistics = found[tensor.name]
+        projects = tensor.kind != "embedding" or tensor.name == index.head
+        assert (statistics.second_moment is not None) == (statistics.fisher is not None) == projects
+        if projects:
+            assert tensor.shape == (len(expected.fisher[tensor.name]), len(expected.second[tensor.name]))
+            close(statistics.second_moment, expected.second[tensor.name] / tokens)
+            close(statistics.fisher, expected.fisher[tensor.name] / tokens)
+        looked_up = tensor.kind == "embedding"
+        assert (statistics.frequency is not None) == (statistics.lookup_fisher is not None) == looked_up
+        if looked_up:
+            close(statistics.frequency, (expected.counts[tensor.name] + FREQUENCY_PRIOR) / tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lookup_fisher_is_that_of_the_looked_up_values(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+    """For the tokens' table; the positions' values are added once for each window, so their gradients are alike."""
+    ids = split(family).ids
+    found = run(checkpoint(family), ids)
+    index, expected = directly(checkpoint(family), ids)
+    for tensor in index.tensors:
+        if tensor.kind == "embedding" and tensor.shape[0] == VOCABULARY:
+            close(found[tensor.name].lookup_fisher, expected.lookup[tensor.name] / (WINDOWS * CONTEXT))
+
+
+def test_opts_positions_are_counted_in_their_own_rows(checkpoint: Checkpoints, split: Splits) -> None:
+    """Rows 0 and 1 are never looked up, whatever the module's own arguments say; each other row once a window."""
+    frequency = run(checkpoint("opt"), split("opt").ids)["model.decoder.embed_positions.weight"].frequency
+    assert frequency is not None
+    tokens = WINDOWS * CONTEXT
+    assert frequency[:2] == pytest.approx(FREQUENCY_PRIOR / tokens)
+    assert frequency[2:] == pytest.approx((WINDOWS + FREQUENCY_PRIOR) / tokens)
+
+
+def test_a_tied_table_has_both_uses(checkpoint: Checkpoints, split: Splits) -> None:
+    found = run(checkpoint("gpt2"), split("gpt2").ids)["transformer.wte.weight"]
+    assert all(getattr(found, f.name) is not None for f in dataclasses.fields(found))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_do_not_matter_beyond_rounding(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+    """The same labels must be drawn: Fisher information of other draws would differ by tens of percent."""
+    ids = split(family).ids
+    whole = run(checkpoint(family), ids)
+    for batch_tokens in (1, 2 * CONTEXT, 4 * CONTEXT + 1):
+        parts = run(checkpoint(family), ids, dataclasses.replace(SCORING, batch_tokens=batch_tokens))
+        for name, statistics in whole.items():
+            for field in dataclasses.fields(statistics):
+                one, other = getattr(statistics, field.name), getattr(parts[name], field.name)
+                if one is not None:
+                    message = f"{name}.{field.name} at {batch_tokens} tokens a batch"
+                    scale = np.abs(one).max()
+                    np.testing.assert_allclose(other, one, rtol=1e-3, atol=TOLERANCE * scale, err_msg=message)
+
+
+def test_the_seed_decides_the_labels(checkpoint: Checkpoints, split: Splits) -> None:
+    directory, ids = checkpoint("gpt2"), split("gpt2").ids
+    name = "transformer.h.0.mlp.c_fc.weight"
+    one, same = (run(directory, ids)[name] for _ in range(2))
+    other = run(directory, ids, dataclasses.replace(SCORING, seed=4))[name]
+    assert np.array_equal(one.fisher, same.fisher)  # type: ignore[arg-type]
+    assert np.array_equal(one.second_moment, same.second_moment)  # type: ignore[arg-type]
+    assert not np.allclose(one.fisher, other.fisher, rtol=1e-3)  # type: ignore[arg-type]
+    np.testing.assert_allclose(one.second_moment, other.second_moment, rtol=1e-6)  # type: ignore[arg-type]
+
+
+def test_tensors_come_head_first_and_blocks_from_last_to_first(checkpoint: Checkpoints, split: Splits) -> None:
+    names = list(run(checkpoint("llama"), split("llama").ids))
+    assert names[0] == "lm_head.weight"
+    assert names[-1] == "model.embed_tokens.weight"
+    layers = [int(n.split(".")[2]) for n in names if ".layers." in n]
+    assert layers == sorted(layers, reverse=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_left_as_it_was(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+    directory = checkpoint(family)
+    index = describe(directory)
+    model = load_original(directory, index)
+    ids = torch.from_numpy(split(family).ids[:CONTEXT].astype(np.int64))[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    list(gather(model, index, split(family).ids, SCORING, no_progress))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_one_window_is_enough_where_the_settings_ask_for_less(checkpoint: Checkpoints, split: Splits) -> None:
+    ids = split("gpt2").ids[:CONTEXT]
+    found = run(checkpoint("gpt2"), ids, Scoring(tokens=64, batch_tokens=1))
+    assert found["transformer.wte.weight"].second_moment is not None
+
+
+@pytest.mark.parametrize("count", [0, 1, CONTEXT - 1])
+def test_too_little_text_is_refused(count: int, checkpoint: Checkpoints, split: Splits) -> None:
+    with pytest.raises(InputError, match=f"{count} calibration tokens do not fill one window of {CONTEXT}"):
+        run(checkpoint("gpt2"), split("gpt2").ids[:count])
+
+
+def test_a_matrix_that_never_ran_is_named(checkpoint: Checkpoints, split: Splits, monkeypatch: Any) -> None:
+    directory = checkpoint("llama")
+    index = describe(directory)
+    model = load_original(directory, index)
+    block = model.get_submodule("model.layers.1.mlp")
+    monkeypatch.setattr(block, "forward", lambda x: x)
+    with pytest.raises(NashSwarmError, match=r"model\.layers\.1\.mlp\.\w+\.weight: no statistics were gathered"):
+        list(gather(model, index, split("llama").ids, SCORING, no_progress))

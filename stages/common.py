@@ -53,10 +53,9 @@ def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
 
 
 def _note_time(seconds: float) -> None:
-    """Times, host and versions lie beside the results, in a folder that neither git nor DVC watches."""
+    """Times, host and versions lie beside the results, not in them: results are the same from run to run."""
     name = "-".join([Path(sys.argv[0]).stem, *sys.argv[1:]])
-    facts = {"seconds": round(seconds, 2), "host": platform.platform(), "python": platform.python_version()}
-    versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy") if m in sys.modules}
-    write_json(Path("data/times") / f"{name}.json", {**facts, "cores": os.cpu_count(), "nashswarm": __version__, **versions})
-
-
+    facts: dict[str, object] = {"seconds": round(seconds, 2), "cores": os.cpu_count(), "nashswarm": __version__}
+    facts |= {"host": platform.platform(), "python": platform.python_version()}
+    facts |= {m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy") if m in sys.modules}
+    write_json(LAYOUT.times(name), facts)

@@ -12,7 +12,11 @@ def main(params: Params, model: str) -> None:
     """Write data/downloads/<model>."""
     source = params.models[model]
     with artifacts.fresh_directory(LAYOUT.download(model)) as target:
-        directory, recorded = downloads.resolve_model(model, source, LAYOUT, target, progress)
+        texts = {}
+        for name in params.corpora_needed:  # before the model: a text is a small download, a checkpoint is not
+            hub_directory = downloads.resolve_corpus(params.corpora[name], LAYOUT)
+            texts[name] = corpora.read_texts(name, params.corpora[name], LAYOUT.reference, hub_directory)
+        directory, recorded = downloads.resolve_model(model, source, LAYOUT, target)
         files = models.checkpoint_files(directory)
         index = models.describe(directory)
         models.check_finite(directory, index, progress)
@@ -20,11 +24,10 @@ def main(params: Params, model: str) -> None:
         record = artifacts.SourceRecord(source.source, str(recorded), source.id, source.revision, hashes)
         artifacts.write_source(target, record, index)
         tokenizer = models.load_tokenizer(directory)
-        splits = {}
-        for name in params.corpora_needed:
-            hub_directory = downloads.resolve_corpus(name, params.corpora[name], LAYOUT, progress)
-            texts = corpora.read_texts(name, params.corpora[name], LAYOUT.reference, hub_directory)
-            splits[name] = {split: corpora.tokenize(lines, tokenizer) for split, lines in texts.items()}
+        splits = {
+            name: {split: corpora.tokenize(lines, tokenizer) for split, lines in found.items()}
+            for name, found in texts.items()
+        }
         window = min(index.context, params.evaluation.context)
         corpora.check_run(splits, params.active.calibration, params.active.corpora, window)
         for name, tokenized in splits.items():

@@ -16,7 +16,9 @@ def main(params: Params) -> None:
         for method in params.active.methods
     }
     with artifacts.fresh_directory(LAYOUT.report) as target:
-        report.write(target, metrics, params.active.models, params.active.methods, params.active.corpora, params.report.dpi)
+        report.write(
+            target, metrics, params.active.models, params.active.methods, params.active.corpora, params.report.dpi
+        )
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def half_a_step_of_the_group(job: Job, packed: PackedTensor, found: Tensor) -> N
 
 def damage(job: Job, error: Tensor) -> float:
     """1/2 sum_r fisher_r (E H E^T)_rr, float64."""
-    found = feedback.curvature(job.statistics)  # type: ignore[arg-type]
+    found = feedback.curvature(job.statistics, job.tensor.name)  # type: ignore[arg-type]
     return 0.5 * float((error.double() @ found.moment * error.double()).sum(1) @ found.rows)
 
 
@@ -169,7 +169,7 @@ def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None
 
 def half_a_step_after_feedback(job: Job, packed: PackedTensor, found: Tensor) -> None:
     """The module's claim: damage is 1/2 sum rows_r (e_rc / U_cc)^2, each |e_rc| at most half of its step."""
-    curvature = feedback.curvature(job.statistics)  # type: ignore[arg-type]
+    curvature = feedback.curvature(job.statistics, job.tensor.name)  # type: ignore[arg-type]
     factor = feedback.factor(curvature.moment, NAME)
     steps = coded._steps(curvature, factor, job.tensor, coded.Settings())
     step = steps.of_rows()[:, None].double() * steps.of_columns(job.choice.step or 0.0).double()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, PROJECT, tiny_text
 
+from nashswarm import artifacts
 from nashswarm.config import CorpusSource
 from nashswarm.corpora import (
     SHINGLE,
@@ -16,7 +17,6 @@ from nashswarm.corpora import (
     check_disjoint,
     check_long_enough,
     check_run,
-    digest,
     read_text_file,
     read_texts,
     tokenize,
@@ -132,8 +132,8 @@ def test_long_texts_are_tokenized_whole_and_silently(
 def test_digest_is_of_little_endian_int32() -> None:
     import hashlib
 
-    expected = hashlib.sha256(b"\x01\x00\x00\x00\x00\x01\x00\x00").hexdigest()
-    assert digest(np.array([1, 256])) == digest(np.array([1, 256], ">i8")) == expected
+    expected = hashlib.sha256(b"\x01\x00\x00\x00\x00\x01\x00\x00").hexartifacts.digest()
+    assert artifacts.digest(np.array([1, 256])) == artifacts.digest(np.array([1, 256], ">i8")) == expected
 
 
 # --- overlap and length --------------------------------------------------------------------------------------------

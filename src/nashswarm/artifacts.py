@@ -11,17 +11,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from nashswarm.corpora import TokenizedSplit, digest
-from nashswarm.types import Allocation, Choice, InputError, ModelIndex, NashSwarmError, Statistics, TensorSpec, VectorSpec
-
+from nashswarm.types import (
+    Allocation,
+    Choice,
+    InputError,
+    ModelIndex,
+    NashSwarmError,
+    Statistics,
+    TensorSpec,
+    TokenizedSplit,
+    VectorSpec,
+)
 
 T = TypeVar("T")
 
@@ -80,6 +89,10 @@ class Layout:
         """The tracked figures of one packed model."""
         return self.root / "metrics" / model / f"{method}.json"
 
+    def times(self, run: str) -> Path:
+        """Seconds, host and versions of one stage's last run; neither git nor DVC watches them."""
+        return self.root / "data/times" / f"{run}.json"
+
     @property
     def report(self) -> Path:
         """Directory of the report."""
@@ -100,8 +113,11 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise NashSwarmError(f"{path}: cannot be written ({error.strerror}); the file that was there is kept") from error
+        with suppress(OSError):
+            temporary.unlink()
+        raise NashSwarmError(
+            f"{path}: cannot be written ({error.strerror}); the file that was there is kept"
+        ) from error
 
 
 def write_json(path: Path, document: object) -> None:
@@ -119,7 +135,14 @@ def read_json(path: Path) -> Any:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Named arrays as safetensors."""
-    write_bytes(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+    write_bytes(path, save({k: np.asarray(v, order="C") for k, v in arrays.items()}))
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
 
 
 @contextmanager
@@ -135,6 +158,16 @@ def fresh_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def link_files(source: Path, target: Path) -> None:
+    """The files of `source` in `target` too: hard links where the file system has them, copies elsewhere."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(p for p in source.iterdir() if p.is_file()):
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
 
 
 def sha256_file(path: Path) -> str:
@@ -163,7 +196,9 @@ class SourceRecord:
             path = directory / name
             if not path.is_file() or sha256_file(path) != expected:
                 state = "is gone" if not path.is_file() else "changed"
-                raise InputError(f"{path} {state} since it was downloaded; run `dvc repro --force -s` on that model's download stage")
+                raise InputError(
+                    f"{path} {state} since it was downloaded; run `dvc repro --force -s` on that model's download stage"
+                )
         return directory
 
 
@@ -195,15 +230,24 @@ def write_tokens(directory: Path, corpus: str, splits: Mapping[str, TokenizedSpl
     """tokens/<corpus>.safetensors, and tokens/<corpus>.json with counts and hashes for people."""
     arrays = {f"{split}.{f.name}": getattr(t, f.name) for split, t in splits.items() for f in dataclasses.fields(t)}
     write_arrays(directory / "tokens" / f"{corpus}.safetensors", arrays)
-    facts = {s: {"sha256": digest(t.ids), "tokens": t.ids.size, "texts": t.text_ends.size} for s, t in splits.items()}
+    facts = {
+        split: {"sha256": digest(t.ids), "tokens": t.ids.size, "texts": t.text_ends.size} for split, t in splits.items()
+    }
     write_json(directory / "tokens" / f"{corpus}.json", facts)
+
+
+def digest(ids: np.ndarray) -> str:
+    """SHA-256 of token ids as little-endian int32, hexadecimal."""
+    return hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
 
 
 def read_tokens(directory: Path, corpus: str, split: str) -> TokenizedSplit:
     """One split. Raises InputError where the corpus has no such split."""
-    arrays = load_file(directory / "tokens" / f"{corpus}.safetensors")
+    arrays = _load(directory / "tokens" / f"{corpus}.safetensors")
     if f"{split}.ids" not in arrays:
-        raise InputError(f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml")
+        raise InputError(
+            f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml"
+        )
     return TokenizedSplit(**{f.name: arrays[f"{split}.{f.name}"] for f in dataclasses.fields(TokenizedSplit)})
 
 
@@ -218,7 +262,7 @@ def write_statistics(directory: Path, tensor: str, statistics: Statistics) -> No
 
 def read_statistics(directory: Path, tensor: str) -> Statistics:
     """One tensor's statistics."""
-    return Statistics(**load_file(directory / f"{tensor}.safetensors"))
+    return Statistics(**_load(directory / f"{tensor}.safetensors"))
 
 
 # --- records of arrays ---------------------------------------------------------------------------------------------
@@ -231,7 +275,7 @@ def write_record(path: Path, record: Any) -> None:
 
 def read_record(path: Path, cls: type[T]) -> T:
     """Inverse of `write_record`."""
-    return cls(**load_file(path))
+    return cls(**_load(path))
 
 
 # --- allocations ---------------------------------------------------------------------------------------------------
@@ -258,9 +302,16 @@ def write_allocation(directory: Path, allocation: Allocation) -> None:
 def read_allocation(directory: Path) -> Allocation:
     """Inverse of `write_allocation`."""
     raw = read_json(directory / "allocation.json")
-    choices = {
-        name: Choice(**{k: tuple(v) if isinstance(v, list) else v for k, v in choice.items()})
-        for name, choice in raw.pop("choices").items()
-    }
+    choices = {name: _choice(choice) for name, choice in raw.pop("choices").items()}
     histogram = {int(bits): count for bits, count in raw.pop("histogram").items()}
     return Allocation(choices, histogram, **raw)
+
+
+def _choice(raw: Mapping[str, Any]) -> Choice:
+    return Choice(
+        bits=raw["bits"],
+        classes=tuple(raw["classes"]),
+        thresholds=tuple(raw["thresholds"]),
+        step=raw["step"],
+        tiles=tuple(raw["tiles"]),
+    )

@@ -46,7 +46,9 @@ def unpack(data: np.ndarray, width: int, count: int) -> np.ndarray:
     """
     _check_width(width)
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != packed_size(count, width):
-        raise ValueError(f"{data.size} bytes cannot be {count} codes of {width} bits: expected {packed_size(count, width)}")
+        raise ValueError(
+            f"{data.size} bytes cannot be {count} codes of {width} bits: expected {packed_size(count, width)}"
+        )
     used = (count * width) % 8
     if used and int(data[-1]) >> used:
         raise ValueError("padding bits after the last code are set")

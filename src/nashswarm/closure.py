@@ -40,6 +40,10 @@ def imported_modules(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            raise ValueError(
+                f"{path}:{node.lineno}: a relative import; write it from `{PACKAGE}`, so that it can be followed"
+            )
     return names
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import re
 import types
@@ -26,7 +27,7 @@ from nashswarm.types import NashSwarmError
 
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-ROOMS = ("importance", "allocators", "codecs")
+METHOD_KEYS = ("codec", "scope", "accounting", "importance", "allocator")
 
 
 class ConfigError(NashSwarmError):
@@ -223,7 +224,7 @@ def parse_method(name: str, raw: object) -> Method:
     block = dict(_mapping(raw, where))
     if "codec" not in block:
         raise ConfigError(f"{where}.codec: missing; one of {', '.join(room_names('codecs'))}")
-    own = {f.name: block.pop(f.name) for f in dataclasses.fields(Method) if f.name in block}
+    own = {key: block.pop(key) for key in METHOD_KEYS if key in block}
     method = build(Method, {"name": name, **own}, where)
     _one_of(method.scope, ("linear", "all"), f"{where}.scope")
     _one_of(method.accounting, ("true", "paper"), f"{where}.accounting")
@@ -232,7 +233,12 @@ def parse_method(name: str, raw: object) -> Method:
     codec = load_room("codecs", method.codec, f"{where}.codec")
     del importance  # loaded to check its name
     allocator_keys, codec_keys = _field_names(allocator.Settings), _field_names(codec.Settings)
-    _known_keys(block, [*allocator_keys, *codec_keys, *_field_names(Method)], f"{where}.")
+    _known_keys(block, [*allocator_keys, *codec_keys, *METHOD_KEYS], f"{where}.")
+    if allocator.BUYS not in codec.SELLS:
+        raise ConfigError(
+            f"{where}.allocator: '{method.allocator}' chooses {allocator.BUYS}, but codec '{method.codec}' offers "
+            f"{' or '.join(codec.SELLS)}; name another allocator or codec"
+        )
     method = dataclasses.replace(
         method,
         allocator_settings=build(allocator.Settings, {k: block[k] for k in allocator_keys if k in block}, where),
@@ -264,7 +270,9 @@ def build(cls: type[T], raw: object, where: str) -> T:
     _known_keys(block, list(fields), f"{where}.")
     hints = typing.get_type_hints(cls)
     values = {key: _coerce(value, hints[key], f"{where}.{key}") for key, value in block.items()}
-    missing = [n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING]
+    missing = [
+        n for n, f in fields.items() if n not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ConfigError(f"{where}.{missing[0]}: missing; it has no default")
     try:
@@ -297,13 +305,16 @@ def _coerce(value: object, hint: Any, where: str) -> Any:
 def _coerce_scalar(value: object, hint: Any, where: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
-            return float(typing.cast(Any, value))
+            number = float(typing.cast(Any, value))
         except (TypeError, ValueError):
-            raise _type_error(where, value, "a number") from None
+            number = math.nan
+        if not math.isfinite(number):
+            raise _type_error(where, value, "a finite number")
+        return number
     if hint is int and (type(value) is int or (isinstance(value, float) and value.is_integer())):
         return int(typing.cast(Any, value))
     if type(value) is not hint:
-        kind = {int: "a whole number", bool: "true or false", str: "text"}[hint]
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
         raise _type_error(where, value, kind)
     return value
 
@@ -322,7 +333,9 @@ def _named(raw: object, where: str) -> list[tuple[str, Any]]:
     block = _mapping(raw, where)
     for name in block:
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ConfigError(f"{where}: {name!r} is no name; use letters, digits, '-' and '_' (DVC splits keys on dots)")
+            raise ConfigError(
+                f"{where}: {name!r} is no name; use letters, digits, '-' and '_' (DVC splits keys on dots)"
+            )
     return list(block.items())
 
 
@@ -351,16 +364,18 @@ def _field_names(cls: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _check_source(source: str, needs: Mapping[str, tuple[str, ...]], block: Any, optional: tuple[str, ...] = ()) -> None:
+def _check_source(
+    source: str, needs: Mapping[str, tuple[str, ...]], block: Any, optional: tuple[str, ...] = ()
+) -> None:
     if source not in needs:
         raise ValueError(f"source: '{source}' is unknown{_suggest(source, list(needs))}")
     for key in needs[source]:
         if getattr(block, key) is None:
             raise ValueError(f"{key}: missing; source '{source}' needs it")
     allowed = {"source", *needs[source], *(optional if source == "path" else ())}
-    for field in dataclasses.fields(block):
-        if field.name not in allowed and getattr(block, field.name) is not None:
-            raise ValueError(f"{field.name}: source '{source}' has no such key; remove it")
+    for key in _field_names(block):
+        if key not in allowed and getattr(block, key) is not None:
+            raise ValueError(f"{key}: source '{source}' has no such key; remove it")
     if source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", block.revision):
         raise ValueError(f"revision: '{block.revision}' is no full commit; give all 40 hexadecimal digits")
 
@@ -380,7 +395,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise ConfigError(f"{key}: stands twice (line {key_node.start_mark.line + 1}); keep one")
         seen.add(key)
@@ -391,7 +406,7 @@ def _strict_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
     if re.match(r"[-+]?0[0-9_]+$", node.value):
         line = node.start_mark.line + 1
         raise ConfigError(f"{node.value}: a leading zero (line {line}) is read as octal by some; write it without")
-    return int(loader.construct_yaml_int(node))  # type: ignore[no-untyped-call]
+    return int(loader.construct_yaml_int(node))
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _strict_mapping)
@@ -400,6 +415,8 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", _strict_int)
 
 def _read_yaml(path: Path) -> object:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error

@@ -6,16 +6,14 @@ texts of a split with blank lines and tokenises the whole once; the paper's prot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nashswarm.config import CorpusSource
-from nashswarm.types import InputError
+from nashswarm.types import InputError, TokenizedSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,25 +21,6 @@ if TYPE_CHECKING:
 SPLITS = ("calibration", "validation", "test")
 HUB_SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}
 SHINGLE = 64  # tokens: the shortest run that counts as an overlap between splits
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedSplit:
-    """A split as token ids of one model's tokenizer.
-
-    The texts of the paper's protocol are the concatenation `text_ids`, cut at `text_ends`; `text_lengths` are in
-    characters, after strip().
-    """
-
-    ids: np.ndarray  # int32 [tokens], the joined split
-    text_ids: np.ndarray  # int32 [sum of the texts' tokens]
-    text_ends: np.ndarray  # int64 [texts]
-    text_lengths: np.ndarray  # int64 [texts]
-
-    def text(self, index: int) -> np.ndarray:
-        """Token ids of one text, int32."""
-        start = int(self.text_ends[index - 1]) if index else 0
-        return self.text_ids[start : int(self.text_ends[index])]
 
 
 def read_texts(name: str, source: CorpusSource, reference: Path, hub_directory: Path) -> dict[str, list[str]]:
@@ -65,14 +44,16 @@ def read_texts(name: str, source: CorpusSource, reference: Path, hub_directory: 
 def read_text_file(path: Path) -> list[str]:
     """The non-blank lines of a UTF-8 file, line ends removed."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such text file; check `corpora` in params.yaml") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error}); convert it, e.g. with iconv") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a readable text file") from None
     texts = [line for line in lines if line.strip()]
     if not texts:
-        raise InputError(f"{path}: the text is empty")
+        raise InputError(f"{path}: the text is empty; give a file with text, or check `corpora` in params.yaml")
     return texts
 
 
@@ -91,7 +72,9 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
 def check_long_enough(where: str, ids: np.ndarray, window: int) -> None:
     """Raise InputError where a split does not fill one window of the model."""
     if ids.size < window:
-        raise InputError(f"{where}: {ids.size} tokens do not fill one window of {window}; give more text, or set evaluation.context lower")
+        raise InputError(
+            f"{where}: {ids.size} tokens do not fill one window of {window}; give more, or lower evaluation.context"
+        )
 
 
 def check_disjoint(splits: Mapping[str, np.ndarray], shingle: int = SHINGLE) -> None:
@@ -105,7 +88,7 @@ def check_disjoint(splits: Mapping[str, np.ndarray], shingle: int = SHINGLE) -> 
                 at, there = (int(np.flatnonzero(h == shared[0])[0]) for h in (hashes, others))
                 raise InputError(
                     f"{name} and {other} share {shared.size} runs of {shingle} tokens (the first at token {at} and "
-                    f"{there}): a model must not be measured on what it was calibrated on; give texts that do not overlap"
+                    f"{there}): do not measure on what was calibrated on; give texts that do not overlap"
                 )
         seen.append((name, hashes))
 
@@ -132,12 +115,12 @@ def check_run(
     needed = [(calibration, "calibration"), *((corpus, "test") for corpus in measured)]
     for corpus, split in needed:
         if split not in splits[corpus]:
-            raise InputError(f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml")
+            raise InputError(
+                f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml"
+            )
         check_long_enough(f"corpora.{corpus}.{split}", splits[corpus][split].ids, window)
-    wanted = dict.fromkeys([*needed, *((calibration, s) for s in SPLITS)])
-    check_disjoint({f"{c}.{s}": splits[c][s].ids for c, s in wanted if s in splits[c]})
-
-
-def digest(ids: np.ndarray) -> str:
-    """SHA-256 of token ids as little-endian int32."""
-    return hashlib.sha256(np.ascontiguousarray(ids, "<i4")).hexdigest()
+    held_out = {f"{c}.{s}": splits[c][s].ids for c, s in needed[1:]}
+    for split in ("calibration", "validation"):
+        if split in splits[calibration]:
+            for name, ids in held_out.items():
+                check_disjoint({f"{calibration}.{split}": splits[calibration][split].ids, name: ids})

@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from nashswarm.artifacts import Layout
+from nashswarm.artifacts import Layout, link_files
 from nashswarm.config import CorpusSource, ModelSource
 from nashswarm.models import COMPANIONS
-from nashswarm.types import Progress
 
 MODEL_PATTERNS = ("*.safetensors", "model.safetensors.index.json", *COMPANIONS)
 
 
-def resolve_model(name: str, source: ModelSource, layout: Layout, target: Path, progress: Progress) -> tuple[Path, Path]:
+def resolve_model(name: str, source: ModelSource, layout: Layout, target: Path) -> tuple[Path, Path]:
     """Where a model's files lie now, and where they will lie once `target` has become the download's directory.
 
-    Hub weights are fetched into `target` itself, so that DVC's cache and the workspace share one copy; models from
-    elsewhere stay where they are. Raises hub.HubError for what the hub refuses or cannot deliver.
+    Hub files are fetched into a folder of their revision that DVC does not delete, and hard-linked into `target`: one
+    copy on disk, and no second transfer when the stage runs again. Models from elsewhere stay where they are. Raises
+    hub.HubError for what the hub refuses or cannot deliver.
     """
     if source.source == "embedded":
         return layout.reference, layout.reference.relative_to(layout.root)
     if source.source == "path":
         assert source.path is not None
         return layout.root / source.path, Path(source.path)
+    link_files(_fetch(source, "model", MODEL_PATTERNS, layout.staging), target / "snapshot")
+    return target / "snapshot", layout.download(name).relative_to(layout.root) / "snapshot"
+
+
+def resolve_corpus(source: CorpusSource, layout: Layout) -> Path:
+    """Where a hub corpus's files lie after fetching; for other sources a path that is not used."""
+    if source.source != "hub":
+        return layout.staging
+    return _fetch(source, "dataset", (f"{source.config}/*.parquet",), layout.staging) / str(source.config)
+
+
+def _fetch(
+    source: ModelSource | CorpusSource, kind: Literal["model", "dataset"], patterns: tuple[str, ...], staging: Path
+) -> Path:
+    """The folder of a pinned revision, complete and verified."""
     from nashswarm import hub
 
     assert source.id is not None
     assert source.revision is not None
-    snapshot = target / "snapshot"
-    staging = layout.staging / "models" / name
-    hub.fetch(source.id, source.revision, repo_type="model", patterns=MODEL_PATTERNS, directory=snapshot, staging=staging)
-    return snapshot, layout.download(name).relative_to(layout.root) / "snapshot"
-
-
-def resolve_corpus(name: str, source: CorpusSource, layout: Layout, progress: Progress) -> Path:
-    """Where a hub corpus's files lie after fetching; for other sources a path that is not used."""
-    directory = layout.staging / "corpora" / name
-    if source.source == "hub":
-        from nashswarm import hub
-
-        assert source.id is not None
-        assert source.revision is not None
-        hub.fetch(
-            source.id,
-            source.revision,
-            repo_type="dataset",
-            patterns=(f"{source.config}/*.parquet",),
-            directory=directory / "snapshot",
-            staging=directory / "staging",
-        )
-    return directory / "snapshot" / (source.config or "")
+    directory = staging / "complete" / source.id.replace("/", "--") / source.revision
+    hub.fetch(source.id, source.revision, repo_type=kind, patterns=patterns, directory=directory, staging=staging)
+    return directory

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.config import Evaluation, PaperProtocol
-from nashswarm.corpora import TokenizedSplit
 from nashswarm.models import Checkpoint
-from nashswarm.types import InputError, ModelIndex, Progress
+from nashswarm.types import InputError, ModelIndex, Progress, TokenizedSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,8 +59,10 @@ class Interval:
 
     @property
     def resolved(self) -> bool:
-        """Whether the interval excludes 0; a difference of exactly 0 is resolved."""
-        return self.low > 0 or self.high < 0 or (self.low == self.high == 0)
+        """Whether the interval excludes 0, or all of it is exactly 0. One without width, of one block, says nothing."""
+        if self.low == self.high:
+            return self.difference == self.low == 0
+        return self.low > 0 or self.high < 0
 
 
 # --- windows and texts ---------------------------------------------------------------------------------------------
@@ -101,8 +102,9 @@ def hidden_states(model: PreTrainedModel, ids: np.ndarray, context: int, batch_t
     full = len(cut) - (len(cut[-1]) < context)
     groups = [cut[i : min(i + batch, full)] for i in range(0, full, batch)] + [[w] for w in cut[full:]]
     for group in groups:
-        with torch.inference_mode():
-            yield from model.base_model(torch.from_numpy(np.stack(group).astype(np.int64)), use_cache=False)[0]
+        with torch.inference_mode():  # left before each yield: the mode is the thread's, not the generator's
+            states = model.base_model(torch.from_numpy(np.stack(group).astype(np.int64)), use_cache=False)[0]
+        yield from states
 
 
 def paper_losses(model: PreTrainedModel, split: TokenizedSplit, protocol: PaperProtocol) -> np.ndarray:
@@ -129,7 +131,7 @@ def original_outputs(
 
 def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
     """The original model's last step, hidden states [n, width] -> logits [n, vocabulary]."""
-    weight = Checkpoint.open(directory, index).read(index.head)
+    weight = Checkpoint.open(directory, index).read(index.head).clone()
     return lambda hidden: functional.linear(hidden, weight)
 
 
@@ -149,10 +151,12 @@ def measure(
     rows, kls, agreed, start = [], [], 0, 0
     for window in progress(cut, "windows"):
         targets = torch.from_numpy(window[1:].astype(np.int64))
-        original = torch.from_numpy(baseline.hidden[start : start + window.size])
+        # Copied to memory that torch aligns: a product of few rows rounds otherwise by the alignment of its operands.
+        original = torch.from_numpy(baseline.hidden[start : start + window.size]).clone()
         start += window.size
         with torch.inference_mode():
-            loss, kl, same, original_loss = _compare(own_head(next(states)[:-1]), head(original[:-1]), targets)
+            quantized = next(states).clone()
+            loss, kl, same, original_loss = _compare(own_head(quantized[:-1]), head(original[:-1]), targets)
         rows.append((loss, original_loss, len(targets)))
         kls.append(kl)
         agreed += same
@@ -169,7 +173,7 @@ def measure(
 
 
 def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, np.ndarray, int, float]:
-    """Summed loss, KL [targets], equal arg maxima, summed loss of the original; logits float32 [targets, vocabulary]."""
+    """Summed loss, KL [targets], equal arg maxima, the original's summed loss; logits float32 [targets, vocabulary]."""
     log_q, log_p = logits.float().log_softmax(-1), original.float().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     same = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
@@ -179,8 +183,8 @@ def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, 
 
 
 def _first(value: int | Sequence[int] | None) -> int:
-    if value is None:
-        raise InputError("config.json: no eos_token_id; the paper's protocol pads with it")
+    if value is None or value == []:
+        raise InputError("config.json: no eos_token_id; the paper's protocol pads with it, so name one")
     return value if isinstance(value, int) else value[0]
 
 

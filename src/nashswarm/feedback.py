@@ -46,7 +46,7 @@ class Factor:
         return diagonal
 
 
-def curvature(statistics: Statistics) -> Curvature:
+def curvature(statistics: Statistics, name: str) -> Curvature:
     """One moment and one weight per row for all uses of a matrix.
 
     A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r D E_r^T, D
@@ -56,7 +56,7 @@ def curvature(statistics: Statistics) -> Curvature:
     lookup = statistics.lookup_fisher
     if statistics.second_moment is None:
         if lookup is None or statistics.frequency is None:
-            raise InputError("no statistics; run the score stage, or use a codec that needs none")
+            raise InputError(f"{name}: no statistics; run the score stage, or use a codec that needs none")
         return Curvature(torch.from_numpy(lookup).double().diag(), torch.from_numpy(statistics.frequency).double())
     moment = torch.from_numpy(statistics.second_moment).double()
     assert statistics.fisher is not None
@@ -74,7 +74,9 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING) -> Factor:
     moment that is not finite.
     """
     if not bool(moment.isfinite().all()):
-        raise InputError(f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights")
+        raise InputError(
+            f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
+        )
     power = moment.diagonal()
     order = power.argsort(descending=True, stable=True)
     permuted = moment[order][:, order]

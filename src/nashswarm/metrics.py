@@ -38,7 +38,11 @@ def size_figures(packed: PackedModel, index: ModelIndex) -> dict[str, Any]:
         "parts": dict(size.parts),
     }
     if method["codec"] == "source":
-        baseline = {"matrix_bits_per_weight": 32.0, "claimed_mib": rounded(size.file_bytes / MIB), "claimed_compression": 0.0}
+        baseline = {
+            "matrix_bits_per_weight": 32.0,
+            "claimed_mib": rounded(size.file_bytes / MIB),
+            "claimed_compression": 0.0,
+        }
         return figures | baseline
     return figures | claimed_figures(histogram) if method["accounting"] == "paper" else figures
 

@@ -50,7 +50,9 @@ def checkpoint_files(directory: Path) -> tuple[str, ...]:
         raise InputError(f"{directory}: no such model directory; check `path` under `models` in params.yaml")
     config = _read_json(directory / "config.json")
     if "auto_map" in config:
-        raise InputError(f"{directory / 'config.json'}: `auto_map` asks to run code from the checkpoint; that is refused")
+        raise InputError(
+            f"{directory / 'config.json'}: `auto_map` asks to run code from the checkpoint; that is refused"
+        )
     weights = _weight_files(directory)
     for name in weights:
         _confined(directory, name)
@@ -63,7 +65,7 @@ def _weight_files(directory: Path) -> list[str]:
         return ["model.safetensors"]
     if index.is_file():
         shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
+        if not isinstance(shards, dict) or not shards or not all(isinstance(v, str) for v in shards.values()):
             raise InputError(f"{index}: no `weight_map`; download the checkpoint again")
         return [index.name, *sorted(set(shards.values()))]
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
@@ -109,7 +111,7 @@ def skeleton(directory: Path) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {error}") from error
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def describe(directory: Path) -> ModelIndex:
@@ -133,7 +135,7 @@ def describe(directory: Path) -> ModelIndex:
         context=int(config.max_position_embeddings),
         vocabulary=int(config.vocab_size),
         head=_head_name(model, names),
-        layers=len(model.get_submodule(blocks)),  # type: ignore[arg-type]
+        layers=len(model.get_submodule(blocks)),
         tensors=tuple(tensors),
         vectors=tuple(vectors),
     )
@@ -150,8 +152,11 @@ def block_path(model: nn.Module) -> str:
     """The name of the list of transformer blocks, e.g. transformer.h. Raises InputError where there is none."""
     lists = [(len(m), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        raise InputError(f"{type(model).__name__}: no list of transformer blocks found; this architecture is not supported")
-    return max(lists, key=lambda pair: (pair[0], -len(pair[1])))[1]
+        raise InputError(
+            f"{type(model).__name__}: no list of transformer blocks found; this architecture is not supported"
+        )
+    longest: tuple[int, str] = max(lists, key=lambda pair: (pair[0], -len(pair[1])))
+    return longest[1]
 
 
 def _tensor_spec(model: nn.Module, name: str, others: list[str], shape: tuple[int, ...], blocks: str) -> TensorSpec:
@@ -235,7 +240,8 @@ class Checkpoint:
             value: Tensor = file.get_tensor(key).float()
         if not bool(value.isfinite().all()):
             bad = int((~value.isfinite()).sum())
-            raise InputError(f"{self.directory / file_name}: {key} holds {bad} values that are NaN or infinite")
+            where = f"{self.directory / file_name}: {key}"
+            raise InputError(f"{where} holds {bad} NaN or infinite values; save or download the checkpoint again")
         return value
 
 
@@ -288,7 +294,7 @@ def load_model(directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTra
         missing.pop(id(parameter))
     if missing:
         raise InputError(f"{directory}: no weights came for {', '.join(sorted(missing.values())[:3])}")
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:
@@ -303,7 +309,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, from local files alone."""
     from transformers import AutoTokenizer
 
+    # transformers makes an empty tokenizer, in silence, for some architectures whose files are missing.
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise InputError(f"{directory}: no tokenizer.json, vocab.json or tokenizer.model; save the tokenizer there too")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{directory}: transformers cannot load a tokenizer from here: {error}") from error

@@ -1,6 +1,7 @@
 """The file format: a directory of a packed model, written whole or not at all, verified whenever it is opened.
 
-    manifest.json        format version, method, certificate, source, shapes, and SHA-256 and size of every other file
+    manifest.json        format version, method, certificate, source, shapes, SHA-256 and size of every other file, and
+                         a seal: the SHA-256 of all that stands before it
     packed.safetensors   `<tensor>.<part>` for each packed array (codes, scales, zeros, map, tables), `shared.<part>`
                          for those that all tensors have in common, and `vectors`
     config.json, ...     what transformers needs beside weights
@@ -11,6 +12,7 @@ This module knows arrays and hashes, not algorithms: `loading` has the codecs de
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections import Counter
@@ -24,12 +26,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from nashswarm.artifacts import fresh_directory, sha256_file, write_bytes
-from nashswarm.models import COMPANIONS
+from nashswarm.models import COMPANIONS, PICKLES
 from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 
 FORMAT = 1
 MANIFEST, PAYLOAD = "manifest.json", "packed.safetensors"
 FP32_BYTES = 4
+SEAL = b',"seal":"%s"}'
 SHARED = "shared"  # stands for a tensor's name where an array serves all of them
 
 
@@ -107,7 +110,7 @@ def write_packed(
             "vectors": specs,  # a list: their order is that of the payload
             "files": {p.name: [p.stat().st_size, sha256_file(p)] for p in sorted(target.iterdir())},
         }
-        write_bytes(target / MANIFEST, json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
+        write_bytes(target / MANIFEST, _sealed(manifest))
 
 
 def open_packed(directory: Path) -> PackedModel:
@@ -123,13 +126,22 @@ def open_packed(directory: Path) -> PackedModel:
         if sha256_file(path) != expected:
             raise PackedError(f"{path}: the SHA-256 is not that of the manifest; the file is corrupt, get it again")
     stray = {p.name for p in directory.iterdir()} - set(listed) - {MANIFEST}
-    if stray & {PAYLOAD, *COMPANIONS}:
-        raise PackedError(f"{directory}: {sorted(stray)[0]} is not listed in the manifest; get the directory again")
+    weights = {name for name in stray if name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))}
+    if foreign := sorted(weights | stray & {*COMPANIONS}):
+        raise PackedError(
+            f"{directory / foreign[0]}: not listed in the manifest; remove it, or get the directory again"
+        )
     try:
         arrays = load((directory / PAYLOAD).read_bytes())
     except SafetensorError as error:
         raise PackedError(f"{directory / PAYLOAD}: not a valid safetensors file ({error})") from error
     return _assemble(directory, manifest, arrays)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as one line of JSON whose last key, `seal`, is the SHA-256 of all bytes before it."""
+    body = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    return body + SEAL % hashlib.sha256(body).hexdigest().encode()
 
 
 def file_bytes(directory: Path) -> int:
@@ -140,7 +152,8 @@ def file_bytes(directory: Path) -> int:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        manifest = json.loads(data)
     except FileNotFoundError:
         raise PackedError(f"{directory}: no {MANIFEST}; this is not a packed directory") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -148,6 +161,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise PackedError(f"{path}: format {found!r}, this version reads format {FORMAT}")
+    body = data[: -len(SEAL % (b"0" * 64))]
+    if data != body + SEAL % hashlib.sha256(body).hexdigest().encode():
+        raise PackedError(
+            f"{path}: its seal is not the SHA-256 of what stands before it; the file is corrupt, get it again"
+        )
     return manifest
 
 
@@ -157,6 +175,7 @@ def _assemble(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str,
     shared: dict[str, np.ndarray] = {}
     by_tensor: dict[str, dict[str, np.ndarray]] = {name: {} for name in manifest["tensors"]}
     for key, array in arrays.items():
+        array.flags.writeable = False
         name, _, part = key.rpartition(".")
         if name == SHARED:
             shared[part] = array
@@ -186,5 +205,7 @@ def _to_float16(name: str, value: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = value.astype(np.float16)
     if not np.isfinite(half).all():
-        raise NashSwarmError(f"{name}: values reach {np.abs(value).max():.3g}, beyond float16; this vector cannot be packed")
+        raise NashSwarmError(
+            f"{name}: values reach {np.abs(value).max():.3g}, beyond float16; this vector cannot be packed"
+        )
     return half

@@ -13,9 +13,20 @@ import numpy as np
 from nashswarm import artifacts, packed
 from nashswarm.config import Method, load_room
 from nashswarm.models import Checkpoint
-from nashswarm.recipes import KEPT, method_document
 from nashswarm.packed import Provenance, write_packed
-from nashswarm.types import Allocation, Choice, Job, ModelIndex, NashSwarmError, Offer, PackedTensor, Progress, Statistics, TensorSpec
+from nashswarm.recipes import KEPT, method_document
+from nashswarm.types import (
+    Allocation,
+    Choice,
+    Job,
+    ModelIndex,
+    NashSwarmError,
+    Offer,
+    PackedTensor,
+    Progress,
+    Statistics,
+    TensorSpec,
+)
 
 BUYING_ROUNDS = 8
 CLOSE = 0.0005  # share of the budget that may stay unspent
@@ -46,41 +57,51 @@ def allocate(model: Model, method: Method, progress: Progress) -> Allocation:
     """Ask the method's allocator for the bits of every tensor in the method's scope."""
     allocator, codec = load_room("allocators", method.allocator), load_room("codecs", method.codec)
     tensors = progress(model.index.scope(method.scope), "allocate")
-    if allocator.NEEDS_CANDIDATES:
-        offers = [Offer(t, candidates=codec.offer(_job(model, t, method, Choice()), method.codec_settings)) for t in tensors]
+    if allocator.BUYS == "candidates":
+        offers = [
+            Offer(t, candidates=codec.offer(_job(model, t, method, Choice()), method.codec_settings)) for t in tensors
+        ]
         return _buy(model, method, offers)
     with_importance = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
     return allocator.allocate(with_importance, method.allocator_settings)  # type: ignore[no-any-return]
 
 
 def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
-    """Allocate, write the packed files, compare their bytes with the budget, and correct the estimate by the difference.
+    """Allocate, write the packed files, compare their bytes with the budget, correct the estimate by the difference.
 
     Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant, so a
     few rounds meet the budget. Raises NashSwarmError where none does.
     """
     allocator, parameters = load_room("allocators", method.allocator), model.index.parameters
     asked = allocator.asked_bytes(method.allocator_settings, parameters)
-    overhead, best = 2.0 * sum(int(np.prod(v.shape)) for v in model.index.vectors), None
+    overhead = 2.0 * sum(int(np.prod(v.shape)) for v in model.index.vectors)
+    best, most = None, -1
     for _ in range(BUYING_ROUNDS):
-        allocation = allocator.allocate(offers, method.allocator_settings, allocator.Ledger(parameters, overhead))
+        ledger = allocator.Ledger(parameters, overhead)
+        allocation: Allocation = allocator.allocate(offers, method.allocator_settings, ledger)
         bought = _packed_bytes(model, method, allocation)
         allocation = dataclasses.replace(allocation, bought_bytes=bought)
         logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
         if asked is None or 0 <= asked - bought <= CLOSE * asked:
             return allocation
-        if bought <= asked and (best is None or bought > best.bought_bytes):
-            best = allocation
+        if most < bought <= asked:
+            best, most = allocation, bought
         overhead += bought - asked + CLOSE / 2 * asked
     if best is None:
         raise NashSwarmError(f"methods.{method.name}.budget: {asked} bytes could not be met; the closest was {bought}")
-    return best  # type: ignore[no-any-return]
+    return best
 
 
 def _packed_bytes(model: Model, method: Method, allocation: Allocation) -> int:
     """Size of the packed model as `pack` would write it, by writing it."""
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
-        pack(model, method, dataclasses.replace(allocation, bought_bytes=0), Path(scratch) / "packed", lambda items, _: items)
+        pack(
+            model,
+            method,
+            dataclasses.replace(allocation, bought_bytes=0),
+            Path(scratch) / "packed",
+            lambda items, _: items,
+        )
         return packed.file_bytes(Path(scratch) / "packed")
 
 
@@ -100,9 +121,7 @@ def encode(
         yield tensor.name, codec.encode(job, method.codec_settings) if choice else kept.encode(job, kept.Settings())
 
 
-def pack(
-    model: Model, method: Method, allocation: Allocation, directory: Path, progress: Progress
-) -> None:
+def pack(model: Model, method: Method, allocation: Allocation, directory: Path, progress: Progress) -> None:
     """Encode every tensor and write the packed directory."""
     record = model.record
     provenance = Provenance(
@@ -115,10 +134,11 @@ def pack(
         method={"name": method.name, **method_document(method)},
         certificate={k: v for k, v in artifacts.allocation_document(allocation).items() if k != "choices"},
     )
-    vectors = ((v, model.checkpoint.vector(v).numpy()) for v in model.index.vectors)
-    if method.codec == "source":
-        vectors = iter(())
-    write_packed(directory, provenance, encode(model, method, allocation, progress), vectors, model.checkpoint.directory)
+    stored = () if method.codec == "source" else model.index.vectors
+    vectors = ((v, model.checkpoint.vector(v).numpy()) for v in stored)
+    write_packed(
+        directory, provenance, encode(model, method, allocation, progress), vectors, model.checkpoint.directory
+    )
 
 
 def _offer(model: Model, tensor: TensorSpec, method: Method, needs_importance: bool) -> Offer:

@@ -73,7 +73,9 @@ class _Moments:
 
     def statistics(self, name: str) -> Statistics:
         if self.second is None or self.fisher is None or not bool(self.second.diagonal().any()):
-            raise NashSwarmError(f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros")
+            raise NashSwarmError(
+                f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros"
+            )
         return Statistics(_float32(self.second / self.tokens), _float32(self.fisher / self.tokens))
 
 
@@ -102,7 +104,7 @@ class _Run:
 
     @contextmanager
     def file(self, scratch: Path) -> Iterator[Tensor]:
-        """float32 [blocks + 1, windows, context, width] on disk: the inputs of every block, and the last one's output."""
+        """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
         shape = (len(self.blocks) + 1, *self.windows.shape, self.model.config.hidden_size)
         yield torch.from_numpy(np.memmap(scratch / "inputs", np.float32, "w+", shape=shape))
 
@@ -122,7 +124,10 @@ class _Run:
         moments = {self._name_of(head): _Moments()}
         for batch in progress(self.batches(), "head"):
             hidden = outputs[batch].clone().requires_grad_()
-            with _replaced_blocks(self.model, self.blocks, hidden), _hooked({self._name_of(head): head}, moments, False):
+            with (
+                _replaced_blocks(self.model, self.blocks, hidden),
+                _hooked({self._name_of(head): head}, moments, False),
+            ):
                 logits = self.model(self.windows[batch], use_cache=False).logits.float().flatten(0, 1)
             p = logits.detach().softmax(-1)
             labels = torch.multinomial(p, 1, generator=generator).squeeze(1)

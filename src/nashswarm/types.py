@@ -76,6 +76,25 @@ class ModelIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizedSplit:
+    """A split as token ids of one model's tokenizer.
+
+    The texts of the paper's protocol are the concatenation `text_ids`, cut at `text_ends`; `text_lengths` are in
+    characters, after strip().
+    """
+
+    ids: np.ndarray  # int32 [tokens], the joined split
+    text_ids: np.ndarray  # int32 [sum of the texts' tokens]
+    text_ends: np.ndarray  # int64 [texts]
+    text_lengths: np.ndarray  # int64 [texts]
+
+    def text(self, index: int) -> np.ndarray:
+        """Token ids of one text, int32."""
+        start = int(self.text_ends[index - 1]) if index else 0
+        return self.text_ids[start : int(self.text_ends[index])]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """What each piece of a tensor (a player: the whole matrix, or a tile) can buy.
 
@@ -166,5 +185,7 @@ class PackedTensor:
     codec: str
     shape: tuple[int, int]
     arrays: Mapping[str, np.ndarray]
-    scalars: Mapping[str, int | float] = field(default_factory=dict)
-    shared: Mapping[str, np.ndarray] = field(default_factory=dict)  # arrays that all tensors of the model have in common
+    scalars: Mapping[str, int] = field(default_factory=dict)
+    shared: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # arrays that all tensors of the model have in common

@@ -3,6 +3,7 @@
 An allocator is a module with
 
     Settings                                    a frozen dataclass: the keys that a method may set
+    BUYS: str                                   what it chooses: widths, classes or candidates
     NEEDS_IMPORTANCE: bool                      whether it looks at Offer.importance
     widths(settings) -> tuple[int, ...]         the widths in bits that it may choose
     allocate(offers: Iterable[Offer], settings) -> Allocation

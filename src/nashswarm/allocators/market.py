@@ -18,8 +18,8 @@ import numpy as np
 
 from nashswarm.types import Allocation, Candidates, Choice, Offer
 
+BUYS = "candidates"
 NEEDS_IMPORTANCE = False
-NEEDS_CANDIDATES = True
 FINE = 32  # options put between two neighbours where options are continuous: steps of 0.5 % at 1/4 octave
 PRICES = 1e-30, 1e6  # nats per byte; bisection runs between them
 ROUNDS = 200  # of bisection: the two prices meet to the last bit
@@ -93,14 +93,16 @@ def allocate(offers: Iterable[Offer], settings: Settings, ledger: Ledger | None 
 
 def respond(table: Table, price: float) -> np.ndarray:
     """Every player's best response, int64 [players]; of equally good options the one with fewer bytes."""
-    return np.argmin(table.distortion + price * table.size, axis=1)
+    return np.asarray(np.argmin(table.distortion + price * table.size, axis=1))
 
 
 def price_for(table: Table, budget: float) -> float:
     """The lowest price, nats per byte, at which the best responses cost no more than `budget` bytes."""
     least = float(table.size[:, 0].sum())
     if least > budget:
-        raise ValueError(f"budget: the coarsest options take {least:.0f} bytes, {budget:.0f} are left for them; raise the budget")
+        raise ValueError(
+            f"budget: the coarsest options take {least:.0f} bytes, {budget:.0f} are left for them; raise the budget"
+        )
     return _price_of(table, lambda picked: _total(table.size, picked), budget)
 
 
@@ -131,7 +133,7 @@ def largest_deviation_gain(table: Table, picked: np.ndarray, price: float) -> fl
 
 
 def duality_gap(table: Table, picked: np.ndarray, price: float, budget: float) -> float:
-    """Distortion bought, minus the Lagrangian lower bound at this price on what any purchase within budget can reach."""
+    """Distortion bought, minus the Lagrangian lower bound on what any purchase within the budget can reach, nats."""
     bound = float((table.distortion + price * table.size).min(axis=1).sum()) - price * budget
     return _total(table.distortion, picked) - bound
 
@@ -155,7 +157,7 @@ def _total(values: np.ndarray, picked: np.ndarray) -> float:
 
 
 def _pick(values: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values, picked[:, None], axis=1)[:, 0]
+    return np.asarray(np.take_along_axis(values, picked[:, None], axis=1)[:, 0])
 
 
 # --- options -------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def _fine(candidates: Candidates) -> Candidates:
     share = places - below
 
     def between(values: np.ndarray) -> np.ndarray:
-        return values[..., below] * (1 - share) + values[..., below + 1] * share
+        return np.asarray(values[..., below] * (1 - share) + values[..., below + 1] * share)
 
     floor = np.maximum(candidates.distortion, 1e-300)
     return replace(

@@ -15,8 +15,8 @@ import numpy as np
 
 from nashswarm.types import Allocation, Choice, Offer
 
+BUYS = "classes"
 NEEDS_IMPORTANCE = True
-NEEDS_CANDIDATES = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +64,4 @@ def _thresholds(importance: np.ndarray, settings: Settings, generator: np.random
     """float32 [classes - 1], ascending: the quantiles at the cumulated shares of a seeded draw."""
     count = min(settings.sample, importance.size)
     draw = importance[generator.choice(importance.size, size=count, replace=False, shuffle=False)]
-    return np.quantile(draw, np.cumsum(settings.shares)[:-1]).astype(np.float32)
+    return np.asarray(np.quantile(draw, np.cumsum(settings.shares)[:-1]), np.float32)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from nashswarm.types import Allocation, Choice, Offer, TensorSpec
 
+BUYS = "widths"
 NEEDS_IMPORTANCE = False
-NEEDS_CANDIDATES = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 A codec is a module with
 
     Settings                                    a frozen dataclass: the keys that a method may set
+    SELLS: tuple[str, ...]                      what an allocator may choose: widths, classes or candidates
     WIDTHS: tuple[int, ...]                     the widths in bits that an allocator may choose from
     encode(job: Job, settings) -> PackedTensor  real bits, nothing that a decoder could not read back
     decode(packed: PackedTensor) -> Tensor      float32 [out, in], exactly the weights that `encode` meant

@@ -18,6 +18,7 @@ from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.codecs.uniform import min_max_grid, on_grid
 from nashswarm.types import Job, PackedTensor
 
+SELLS = ("classes",)
 WIDTHS = (2, 3, 4, 8)
 
 

@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 
 from nashswarm import entropy, feedback
+from nashswarm.rans import SYMBOLS
 from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec
 
+SELLS = ("candidates",)
 WIDTHS: tuple[int, ...] = ()
 STEPS_PER_OCTAVE = 8
+BASE_UNITS = 1 << 16  # per octave: an integer in the manifest, exact everywhere
 GRID = np.arange(-10.0, 3.01, 0.25)  # log2 k / k0: from about 12 bits a weight down to nearly none
+LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 19  # weights per tensor from which its curves are measured
 
 
@@ -99,7 +103,7 @@ def _entropy_bytes(codes: Tensor) -> float:
 def _loss_model(job: Job) -> tuple[feedback.Curvature, feedback.Factor]:
     if job.statistics is None:
         raise InputError(f"{job.tensor.name}: codec 'coded' needs statistics; run the score stage")
-    curvature = feedback.curvature(job.statistics)
+    curvature = feedback.curvature(job.statistics, job.tensor.name)
     return curvature, feedback.factor(curvature.moment, job.tensor.name)
 
 
@@ -131,7 +135,7 @@ def _eighths(octaves: Tensor) -> np.ndarray:
 class _Rounded:
     name: str
     shape: tuple[int, int]
-    base: float
+    base: int  # of the steps, in 1 / BASE_UNITS octaves
     steps: Steps
     codes: np.ndarray  # int16 or int32 [out, in]
     contexts: tuple[np.ndarray, np.ndarray]  # int8 [out], int8 [in]
@@ -139,7 +143,7 @@ class _Rounded:
 
 def encode_all(jobs: Iterable[Job], settings: Settings) -> Iterator[tuple[str, PackedTensor]]:
     """Round every matrix, fit the common tables, code every matrix."""
-    rounded, histogram = [], np.zeros((entropy.CLASSES, entropy.SYMBOLS), np.int64)
+    rounded, histogram = [], np.zeros((entropy.CLASSES, SYMBOLS), np.int64)
     for job in jobs:
         rounded.append(_round(job, settings))
         histogram += entropy.histogram(rounded[-1].codes.astype(np.int32), *rounded[-1].contexts)
@@ -162,8 +166,8 @@ def _round(job: Job, settings: Settings) -> _Rounded:
     assert job.choice.step is not None
     curvature, found = _loss_model(job)
     steps = _steps(curvature, found, job.tensor, settings)
-    base = float(np.float32(steps.base + job.choice.step))
-    steps = Steps(base, steps.rows, steps.columns)
+    base = round((steps.base + job.choice.step) * BASE_UNITS)
+    steps = Steps(base / BASE_UNITS, steps.rows, steps.columns)
     rows, columns = steps.of_rows(), steps.of_columns(0)
     codes = torch.empty(job.tensor.shape[::-1], dtype=torch.int32)
     inverse = 1 / rows
@@ -171,13 +175,14 @@ def _round(job: Job, settings: Settings) -> _Rounded:
     def quantize(column: int, values: Tensor) -> Tensor:
         step = float(columns[column])
         found_codes = (values * (inverse / step)).round_()
+        largest = float(found_codes.abs().max())
+        if not largest < LARGEST_CODE:
+            raise InputError(f"{job.tensor.name}: codes reach {largest:.3g}, beyond {LARGEST_CODE}; lower the budget")
         codes[column] = found_codes.to(torch.int32)
         return found_codes * (rows * step)
 
     feedback.round_with_feedback(job.weight, found, quantize)
     array = codes.T.contiguous().numpy()
-    if np.abs(array).max(initial=0) >= 2**30:
-        raise InputError(f"{job.tensor.name}: codes beyond 30 bits; this budget is too large for such weights")
     contexts = entropy.fit_scales(array)
     small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
     return _Rounded(job.tensor.name, job.tensor.shape, base, steps, small, contexts)
@@ -191,13 +196,13 @@ def _pack_scales(rounded: list[_Rounded]) -> np.ndarray:
 
 def decode(packed: PackedTensor) -> Tensor:
     """float32 [out, in]."""
-    (rows, columns), position = packed.shape, int(packed.scalars["position"])
-    every = entropy.scales_from_bytes(packed.shared["scales"].tobytes(), int(packed.scalars["total"]))
+    (rows, columns), position = packed.shape, packed.scalars["position"]
+    every = entropy.scales_from_bytes(packed.shared["scales"].tobytes(), packed.scalars["total"])
     scales = every[position : position + 2 * (rows + columns)]
     row_context, row_steps, column_context, column_steps = np.split(scales, [rows, 2 * rows, 2 * rows + columns])
     tables = entropy.tables_from_bytes(packed.shared["tables"].tobytes())
     codes = entropy.decode(packed.arrays["codes"].tobytes(), packed.shape, row_context, column_context, tables)
-    steps = Steps(float(packed.scalars["base"]), row_steps, column_steps)
+    steps = Steps(packed.scalars["base"] / BASE_UNITS, row_steps, column_steps)
     return torch.from_numpy(codes).float() * (steps.of_rows()[:, None] * steps.of_columns(0))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from nashswarm.bitpack import pack, unpack
 from nashswarm.types import InputError, Job, PackedTensor, TensorSpec
 
+SELLS = ("widths",)
 WIDTHS = (2, 3, 4, 8)
 CLIPS = tuple(1 - 0.04 * i for i in range(16))  # 1.00 down to 0.40 of the range: 2 bits want about 0.6, 4 bits 0.9
 CHUNK = 1 << 24  # weights per round of the search; bounds its temporaries to about 0.3 GiB
@@ -116,7 +117,7 @@ def fit_grids(groups: Tensor, bits: int, power: Tensor | None, search: bool, nam
 
 
 def quantize(groups: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
-    """Nearest codes, float32 [..., group], on the grids scale and zero [...]; 0 / 0 of an all-zero group is code zero."""
+    """Nearest codes, float32 [..., group], on the grids scale and zero [...]; an all-zero group has code zero."""
     inverse = (1 / scale.float()).nan_to_num_(0, 0, 0)  # a scale that underflowed to 0 decodes to 0 whatever the code
     return (groups * inverse.unsqueeze(-1)).add_(zero.float().unsqueeze(-1)).round_().clamp_(0, top)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nashswarm.types import Job, PackedTensor
 
+SELLS: tuple[str, ...] = ()
 WIDTHS = (16, 32)  # chosen by the values: 16 where float16 holds them all exactly
 
 
@@ -24,7 +25,9 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     for index, dtype in enumerate((torch.float16, torch.bfloat16)):
         narrow = weight.to(dtype)
         if torch.equal(narrow.float(), weight):
-            return PackedTensor("kept", job.tensor.shape, {"codes": narrow.view(torch.uint16).numpy()}, {"bfloat": index})
+            return PackedTensor(
+                "kept", job.tensor.shape, {"codes": narrow.view(torch.uint16).numpy()}, {"bfloat": index}
+            )
     return PackedTensor("kept", job.tensor.shape, {"codes": weight.contiguous().numpy()}, {"bfloat": 0})
 
 

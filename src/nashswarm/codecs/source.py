@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nashswarm.types import Job, NashSwarmError, PackedTensor
 
+SELLS = ("widths",)
 WIDTHS = (32,)
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from nashswarm.bitpack import pack, unpack
-from nashswarm.types import Job, PackedTensor
+from nashswarm.types import InputError, Job, PackedTensor
 
+SELLS = ("widths",)
 WIDTHS = (2, 3, 4, 8)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ def min_max_grid(values: Tensor, bits: int) -> tuple[Tensor, np.ndarray]:
         return torch.empty(0, dtype=torch.uint8), np.zeros(2, np.float32)
     low, high = values.min().double(), values.max().double()  # double: high - low of huge values overflows float32
     scale = ((high - low) / (2**bits - 1)).float()
+    if not scale.isfinite():
+        raise InputError(f"weights span [{low:.3g}, {high:.3g}], more than a float32 scale can carry")
     if scale == 0:
         return torch.zeros(values.numel(), dtype=torch.uint8), np.array([low, 0], np.float32)
     codes = ((values - low.float()) / scale).round_().clamp_(0, 2**bits - 1)
@@ -41,7 +45,8 @@ def min_max_grid(values: Tensor, bits: int) -> tuple[Tensor, np.ndarray]:
 
 def on_grid(codes: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """min + code * scale, float32 [n]."""
-    return (codes.astype(np.float32) * grid[1] + grid[0]).astype(np.float32)
+    reach = np.float64(grid[1]) * codes + np.float64(grid[0])  # double: near float32's end the sum may round beyond it
+    return np.clip(reach, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
 
 
 def encode(job: Job, settings: Settings) -> PackedTensor:

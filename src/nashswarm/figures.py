@@ -1,0 +1,203 @@
+"""The report's figures, drawn into memory: equal input gives equal bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+FAMILIES: Mapping[str, tuple[str, str, str]] = {  # prefix -> title, colour, marker
+    "paper-": ("paper, head only", "#b5482f", "X"),
+    "uniform": ("paper's codecs, all weights", "#e39a2d", "P"),
+    "rtn": ("round to nearest", "#8a8f98", "s"),
+    "gptq": ("GPTQ", "#5b4b9a", "D"),
+    "market-coded": ("market, coded", "#0b6e63", "o"),
+    "market-tiles": ("market, tiles", "#3f8fd2", "^"),
+    "": ("other", "#3d3d3d", "v"),
+}
+PARTS: Mapping[str, str] = {
+    "codes": "#0b6e63",
+    "map": "#b5482f",
+    "scales": "#e39a2d",
+    "zeros": "#f1cf7a",
+    "tables": "#5b4b9a",
+    "vectors": "#3f8fd2",
+    "source": "#9aa5b1",
+    "headers": "#3d3d3d",
+}
+SPARE_COLOURS = ("#c86fa0", "#6a994e", "#a07855", "#77a6a0")
+TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32)
+WIDTH = 5.6  # inches; a phone shows it at two thirds
+INK, FAINT = "#1d2329", "#d9dde2"
+OFFSETS = ((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right"), (0, 9, "center"), (0, -16, "center"))
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One method in a figure."""
+
+    method: str
+    bits: float
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def family(method: str) -> str:
+    """The key in FAMILIES that a method belongs to."""
+    if method.startswith("nash"):
+        return "uniform"
+    return next(prefix for prefix in FAMILIES if method.startswith(prefix))
+
+
+def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
+    """Cost against true bits per weight, both logarithmic, as PNG. What is not above 0 lies on the lower edge.
+
+    Arguments: `label`, of the vertical axis.
+    """
+    figure = Figure(figsize=(WIDTH, 4.7), dpi=dpi, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    floor, ceiling = _span(points)
+    axes.set_yscale("log")
+    axes.set_xscale("log", base=2)
+    for prefix in (p for p in FAMILIES if any(family(x.method) == p for x in points)):
+        _draw_family(axes, [x for x in points if family(x.method) == prefix], prefix, floor)
+    axes.set_ylim(floor, ceiling)
+    _dress(axes, [p.bits for p in points], label)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    _label(axes, canvas, points, floor)
+    return _png(canvas, dpi)
+
+
+def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
+    """Bits per weight by part of the file, one bar for each method, as PNG. Arguments: `parts`, method -> part -> bits."""
+    figure = Figure(figsize=(WIDTH, 1.5 + 0.29 * len(parts)), dpi=dpi, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = part_names(parts)
+    spare = iter(SPARE_COLOURS * len(names))
+    starts = dict.fromkeys(parts, 0.0)
+    for name in names:
+        widths = [parts[m].get(name, 0.0) for m in parts]
+        axes.barh(list(parts), widths, left=list(starts.values()), color=PARTS.get(name) or next(spare), label=name)
+        starts = {m: s + w for (m, s), w in zip(starts.items(), widths, strict=True)}
+    for row, total in enumerate(starts.values()):
+        axes.annotate(f"{total:.2f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(0, 1.1 * max(starts.values(), default=1.0))
+    axes.set_ylim(len(parts) - 0.4, -0.6)
+    axes.set_xlabel("true bits per weight, all stored bytes", color=INK)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=min(4, len(names) or 1), frameon=False, fontsize=9.5)
+    return _png(canvas, dpi)
+
+
+def part_names(parts: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The parts that occur, known ones in PARTS' order first."""
+    found = {name for of_method in parts.values() for name in of_method}
+    return [n for n in PARTS if n in found] + sorted(found - set(PARTS))
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+
+def _span(points: Sequence[Point]) -> tuple[float, float]:
+    """Lower and upper edge of the vertical axis: whole room for what is above 0."""
+    values = [p.value for p in points if p.value > 0]
+    highs = [p.interval[1] for p in points if p.interval and p.interval[1] > 0]
+    lows = [p.interval[0] for p in points if p.interval and p.interval[0] > 0]
+    least, most = min(values + lows, default=1e-3), max(values + highs, default=1e-2)
+    least = max(least, min(values, default=least) / 10)
+    return least / 2.2, most * 2.2
+
+
+def _draw_family(axes: Any, points: Sequence[Point], prefix: str, floor: float) -> None:
+    title, colour, marker = FAMILIES[prefix]
+    points = sorted(points, key=lambda p: (p.bits, p.method))
+    above = [p for p in points if p.value > 0]
+    below = [p for p in points if p.value <= 0]
+    line = "-" if prefix.startswith("market") else "none"
+    axes.plot(
+        [p.bits for p in above],
+        [p.value for p in above],
+        linestyle=line,
+        linewidth=1.4,
+        color=colour,
+        marker=marker,
+        markersize=6.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        label=title,
+        zorder=3,
+    )
+    edge = [floor * 1.12] * len(below)
+    axes.plot([p.bits for p in below], edge, "v", color=colour, markersize=6.5, fillstyle="none", zorder=3)
+    for point in points:
+        if point.interval and point.interval[1] > floor:
+            low, high = (max(v, floor) for v in point.interval)
+            axes.vlines(point.bits, low, high, color=colour, linewidth=1.1, alpha=0.75, zorder=2)
+
+
+def _dress(axes: Any, bits: Sequence[float], label: str) -> None:
+    least, most = min(bits, default=1.0) / 1.15, max(bits, default=8.0) * 1.25
+    axes.set_xlim(least, most)
+    ticks = [t for t in TICKS if least <= t <= most]
+    if most / least > 5:  # no room for halves
+        ticks = [t for t in ticks if t in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10f}".rstrip("0").rstrip(".")))
+    axes.set_xlabel("true bits per weight, whole model, every byte counted", color=INK)
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.tick_params(labelsize=9.5, colors=INK, length=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color("#8a8f98")
+
+
+def _label(axes: Any, canvas: FigureCanvasAgg, points: Sequence[Point], floor: float) -> None:
+    """Names beside the points, where they cover neither each other nor another point; those without room are left out."""
+    places = {p.method: (p.bits, p.value if p.value > 0 else floor * 1.12) for p in points}
+    pixels = {m: axes.transData.transform(place) for m, place in places.items()}
+    taken: list[Any] = []
+    frame = axes.get_window_extent(canvas.get_renderer())
+    for point in sorted(points, key=lambda p: (p.bits, p.method)):
+        name = point.method if point.value > 0 else f"{point.method} (≤ 0)"
+        others = [xy for m, xy in pixels.items() if m != point.method]
+        for dx, dy, side in OFFSETS:
+            text = axes.annotate(
+                name,
+                places[point.method],
+                (dx, dy),
+                textcoords="offset points",
+                ha=side,
+                fontsize=8,
+                color=FAMILIES[family(point.method)][1],
+            )
+            box = text.get_window_extent(canvas.get_renderer())
+            covered = any(box.overlaps(t) for t in taken) or any(box.padded(3).contains(*xy) for xy in others)
+            if not covered and box.x0 >= frame.x0 and box.x1 <= frame.x1 + 12 and box.y0 >= frame.y0:
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _png(canvas: FigureCanvasAgg, dpi: int) -> bytes:
+    buffer = io.BytesIO()
+    canvas.figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()

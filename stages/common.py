@@ -19,14 +19,13 @@ from nashswarm.config import Params, load_params
 from nashswarm.types import NashSwarmError
 
 LAYOUT = Layout()
-PR_SET_PDEATHSIG = 1
 
 
 def run(stage: Callable[..., None]) -> None:
     """Call a stage with the command line's words; errors of ours end it with one line and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if sys.platform == "linux":  # a killed `dvc repro` must not leave a stage writing behind it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":  # 1 is PR_SET_PDEATHSIG: a killed `dvc repro` leaves no stage that writes on
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     started = time.perf_counter()
     try:
         stage(load_params(LAYOUT.params), *sys.argv[1:])

@@ -18,20 +18,23 @@ def main(params: Params, model: str) -> None:
             texts[name] = corpora.read_texts(name, params.corpora[name], LAYOUT.reference, hub_directory)
         directory, recorded = downloads.resolve_model(model, source, LAYOUT, target)
         files = models.checkpoint_files(directory)
-        index = models.describe(directory)
-        models.check_finite(directory, index, progress)
-        hashes = {name: artifacts.sha256_file(directory / name) for name in files}
-        record = artifacts.SourceRecord(source.source, str(recorded), source.id, source.revision, hashes)
-        artifacts.write_source(target, record, index)
+        models.check_finite(directory, progress)  # before transformers is loaded: what is quick to find comes first
+        context = models.context_of(directory)
+        corpora.check_paper_length(params.evaluation.paper.length, context)
         tokenizer = models.load_tokenizer(directory)
         splits = {
             name: {split: corpora.tokenize(lines, tokenizer) for split, lines in found.items()}
             for name, found in texts.items()
         }
-        window = min(index.context, params.evaluation.context)
+        window = min(context, params.evaluation.context)
         corpora.check_run(splits, params.active.calibration, params.active.corpora, window)
         for name, tokenized in splits.items():
             artifacts.write_tokens(target, name, tokenized)
+        index = models.describe(directory)
+        models.Checkpoint.open(directory, index)  # every parameter is there, in its shape
+        hashes = {name: artifacts.sha256_file(directory / name) for name in files}
+        record = artifacts.SourceRecord(source.source, str(recorded), source.id, source.revision, hashes)
+        artifacts.write_source(target, record, index)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nashswarm.allocators import percentile, uniform
-from nashswarm.config import load_room
+from nashswarm.config import load_room, room_names
 from nashswarm.types import Allocation, Candidates, Offer, Part, TensorSpec
 
 # A newcomer adds a line: settings under which it must serve `offers()`. At 4 bits there is room for all.
@@ -94,7 +94,9 @@ def test_the_room_declares_what_config_reads(name: str) -> None:
     assert dataclasses.is_dataclass(room.Settings)
     assert room.Settings.__dataclass_params__.frozen
     assert isinstance(room.NEEDS_IMPORTANCE, bool)
-    assert isinstance(room.NEEDS_CANDIDATES, bool)
+    codecs = [load_room("codecs", codec) for codec in room_names("codecs")]
+    assert room.BUYS in ("widths", "classes", "candidates")
+    assert any(room.BUYS in codec.SELLS for codec in codecs), "no codec can encode what it chooses"
     for settings in SETTINGS[name]:
         widths = room.widths(room.Settings(**settings))
         assert isinstance(widths, tuple)

@@ -230,6 +230,8 @@ def test_the_room_declares_what_config_reads(name: str) -> None:
     assert dataclasses.is_dataclass(room.Settings)
     assert room.Settings.__dataclass_params__.frozen
     assert isinstance(room.WIDTHS, tuple)
+    assert isinstance(room.SELLS, tuple)
+    assert {*room.SELLS} <= {"widths", "classes", "candidates"}
     assert all(type(bits) is int and bits > 0 for bits in room.WIDTHS)
     assert room.Settings() == room.Settings()
 

@@ -233,12 +233,15 @@ def test_a_share_that_is_no_number_is_refused() -> None:
     block = {"allocator": "percentile", "codec": "classes", "bits": [2, 4, 8]}
     for share, kind in (("x", "str"), (True, "bool"), (None, "NoneType"), ([1], "list")):
         message = method_refusal(block | {"shares": [0.7, share, 0.1]})
-        assert message == f"methods.mine.shares[1]: {share!r} is {kind}, expected a number"
+        assert message == f"methods.mine.shares[1]: {share!r} is {kind}, expected a finite number"
 
 
 def test_shares_that_are_nan_are_refused() -> None:
-    block = {"allocator": "percentile", "codec": "classes", "bits": [2, 4, 8], "shares": [float("nan"), 0.2, 0.1]}
-    assert "methods.mine.shares" in method_refusal(block)
+    block = {"allocator": "percentile", "codec": "classes", "bits": [2, 4, 8]}
+    for share in (float("nan"), float("inf"), "nan"):
+        message = method_refusal(block | {"shares": [share, 0.2, 0.1]})
+        assert message.startswith(f"methods.mine.shares[0]: {share!r} is ")
+        assert message.endswith("expected a finite number")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_impossible_shares_are_refused(settings: dict[str, object], message: str
     assert message in method_refusal({"allocator": "percentile", "codec": "classes", "bits": [2, 4, 8], **settings})
 
 
-@pytest.mark.parametrize("codec", ["uniform", "grouped", "classes", "source", "coded"])
+@pytest.mark.parametrize("codec", ["uniform", "grouped", "gptq", "classes", "source"])
 def test_bits_that_a_codec_does_not_offer_are_refused(codec: str) -> None:
     bits = [2, 5, 8] if codec == "classes" else 5
     allocator = "percentile" if codec == "classes" else "uniform"
@@ -271,6 +274,8 @@ def test_bits_that_a_codec_does_not_offer_are_refused(codec: str) -> None:
         ("percentile", "uniform", {}),
         ("percentile", "grouped", {}),
         ("uniform", "classes", {"bits": 4}),
+        ("uniform", "coded", {"bits": 5}),
+        ("uniform", "kept", {}),
         ("market", "uniform", {"budget": 4.0}),
         ("market", "classes", {"budget": 4.0}),
     ],
@@ -279,8 +284,9 @@ def test_an_allocator_whose_choice_a_codec_cannot_encode_is_refused(
     allocator: str, codec: str, settings: dict[str, object]
 ) -> None:
     message = method_refusal({"allocator": allocator, "codec": codec, **settings})
-    assert allocator in message
-    assert codec in message
+    chosen = load_room("allocators", allocator).BUYS
+    assert message.startswith(f"methods.mine.allocator: '{allocator}' chooses {chosen}, but codec '{codec}' offers ")
+    assert "name another allocator or codec" in message
 
 
 @pytest.mark.parametrize(

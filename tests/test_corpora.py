@@ -16,6 +16,7 @@ from nashswarm.corpora import (
     TokenizedSplit,
     check_disjoint,
     check_long_enough,
+    check_paper_length,
     check_run,
     read_text_file,
     read_texts,
@@ -132,7 +133,7 @@ def test_long_texts_are_tokenized_whole_and_silently(
 def test_digest_is_of_little_endian_int32() -> None:
     import hashlib
 
-    expected = hashlib.sha256(b"\x01\x00\x00\x00\x00\x01\x00\x00").hexartifacts.digest()
+    expected = hashlib.sha256(b"\x01\x00\x00\x00\x00\x01\x00\x00").hexdigest()
     assert artifacts.digest(np.array([1, 256])) == artifacts.digest(np.array([1, 256], ">i8")) == expected
 
 
@@ -170,6 +171,12 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     check_long_enough("corpora.c.test", random_ids(32, 1), 32)
     with pytest.raises(InputError, match=r"corpora\.c\.test: 31 tokens do not fill one window of 32"):
         check_long_enough("corpora.c.test", random_ids(31, 1), 32)
+
+
+def test_texts_of_the_papers_protocol_must_fit_the_context() -> None:
+    check_paper_length(32, 32)
+    with pytest.raises(InputError, match=r"evaluation\.paper\.length: 33 tokens do not fit the model's context of 32"):
+        check_paper_length(33, 32)
 
 
 def test_a_run_needs_calibration_and_tests_that_do_not_overlap() -> None:

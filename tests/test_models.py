@@ -18,6 +18,7 @@ from nashswarm.models import (
     Checkpoint,
     check_finite,
     checkpoint_files,
+    context_of,
     describe,
     load_model,
     load_original,
@@ -343,8 +344,11 @@ def test_values_that_are_not_finite_are_named(value: float, name: str, copy: Cal
         return weights
 
     rewrite(directory, poison)
-    with pytest.raises(InputError, match=f"{name} holds 2 values that are NaN or infinite"):
-        check_finite(directory, describe(directory), no_progress)
+    checkpoint = Checkpoint.open(directory, describe(directory))
+    with pytest.raises(InputError, match=f"{name} holds 2 NaN or infinite values"):
+        checkpoint.read(name)
+    with pytest.raises(InputError, match=f"{name} holds 2 NaN or infinite values; save or download"):
+        check_finite(directory, no_progress)
 
 
 def test_integers_for_weights_are_refused(copy: Callable[..., Path]) -> None:
@@ -352,7 +356,39 @@ def test_integers_for_weights_are_refused(copy: Callable[..., Path]) -> None:
     name = "transformer.wpe.weight"
     rewrite(directory, lambda weights: weights | {name: weights[name].to(torch.int8)})
     with pytest.raises(InputError, match=f"{name} is I8, no float"):
-        check_finite(directory, describe(directory), no_progress)
+        Checkpoint.open(directory, describe(directory))
+
+
+def test_masks_beside_the_weights_may_be_infinite(copy: Callable[..., Path]) -> None:
+    """As in half-precision checkpoints that store causal masks; they are no parameters."""
+    directory = copy()
+    mask = {"transformer.h.0.attn.bias": torch.full((1, 1, 4, 4), -torch.inf), "masked": torch.tensor(-torch.inf)}
+    rewrite(directory, lambda weights: weights | mask | {"counts": torch.zeros(3, dtype=torch.int8)})
+    check_finite(directory, no_progress)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_context_is_known_before_the_model_is_built(family: str, checkpoint: Checkpoints) -> None:
+    assert context_of(checkpoint(family)) == describe(checkpoint(family)).context == CONTEXT
+
+
+def test_a_config_without_context_is_refused(copy: Callable[..., Path]) -> None:
+    directory = copy()
+    edit_json(directory / "config.json", model_type="mamba")
+    with pytest.raises(InputError, match=r"config\.json: transformers cannot build this model"):
+        context_of(directory)
+
+
+def test_weights_that_do_not_fit_or_come_twice_are_refused(checkpoint: Checkpoints) -> None:
+    """A row would be spread over the whole matrix in silence."""
+    directory = checkpoint("llama")
+    name = "model.embed_tokens.weight"
+    with pytest.raises(InputError, match=rf"{name} has shape \[1, {WIDTH}\]"):
+        load_model(directory, iter([(name, torch.zeros(1, WIDTH))]))
+    with pytest.raises(InputError, match=f"weights for {name} came twice"):
+        load_model(directory, iter([(name, torch.zeros(VOCABULARY, WIDTH))] * 2))
+    with pytest.raises(InputError, match=r"has no parameter model\.nothing\.weight"):
+        load_model(directory, iter([("model.nothing.weight", torch.zeros(1, 1))]))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:4], lambda b: b"\xff" * 8 + b[8:], lambda b: b""])
@@ -367,6 +403,13 @@ def test_a_directory_without_tokenizer_is_named(copy: Callable[..., Path]) -> No
     directory = copy()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.json or tokenizer\.model; save the tokenizer"):
+        load_tokenizer(directory)
+
+
+def test_a_damaged_tokenizer_is_named(copy: Callable[..., Path]) -> None:
+    directory = copy()
+    (directory / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="cannot load a tokenizer from here"):
         load_tokenizer(directory)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,24 @@ from safetensors.numpy import load_file
 
 from nashswarm import quantize
 from nashswarm.artifacts import sha256_file
-from nashswarm.packed import FORMAT, MANIFEST, PAYLOAD, PackedError, Provenance, file_bytes, open_packed, write_packed
-from nashswarm.types import NashSwarmError, PackedTensor, VectorSpec
+from nashswarm.loading import load
+from nashswarm.packed import (
+    FORMAT,
+    MANIFEST,
+    PAYLOAD,
+    PackedError,
+    Provenance,
+    _sealed,
+    file_bytes,
+    open_packed,
+    write_packed,
+)
+from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 
 METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
 PROVENANCE = Provenance("m", "A", 12, "path", None, None, {"codec": "kept"}, {"histogram": {}})
+
+TENSOR = "transformer.h.0.attn.c_attn.weight"
 
 PackedModels = Callable[[str, str], Packed]
 
@@ -29,6 +43,14 @@ PackedModels = Callable[[str, str], Packed]
 def copy(packed: PackedModels, tmp_path: Path) -> Path:
     """A packed directory that a test may damage."""
     return shutil.copytree(packed("gpt2", "rtn4-g64").directory, tmp_path / "packed")
+
+
+def reseal(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, and seal it as `write_packed` does."""
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    del manifest["seal"]
+    change(manifest)
+    (directory / MANIFEST).write_bytes(_sealed(manifest))
 
 
 def names_of(directory: Path) -> list[str]:
@@ -197,27 +219,122 @@ def test_a_flipped_bit_in_the_manifest_is_refused(bit: int, copy: Path) -> None:
     assert not accepted, f"{len(accepted)} changes of {len(range(bit, len(data), 37))} went unnoticed: {accepted[:6]}"
 
 
-@pytest.mark.parametrize(
-    "change", ["drop tensors", "drop files", "rename codec", "other shape", "other bits", "unlist config"]
-)
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "drop tensors": lambda m: m.pop("tensors"),
+    "drop files": lambda m: m.update(files={}),
+    "rename codec": lambda m: m["tensors"][TENSOR].update(codec="uniform"),
+    "other shape": lambda m: m["tensors"][TENSOR].update(shape=m["tensors"][TENSOR]["shape"][::-1]),
+    "other bits": lambda m: m["tensors"][TENSOR].update(bits=2),
+    "unlist config": lambda m: m["files"].pop("config.json"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_manifest_that_was_edited_is_refused(change: str, copy: Path) -> None:
     manifest = json.loads((copy / MANIFEST).read_text())
-    entry = manifest["tensors"]["transformer.h.0.attn.c_attn.weight"]
-    if change == "drop tensors":
-        del manifest["tensors"]
-    elif change == "drop files":
-        manifest["files"] = {}
-    elif change == "rename codec":
-        entry["codec"] = "uniform"
-    elif change == "other shape":
-        entry["shape"] = entry["shape"][::-1]
-    elif change == "other bits":
-        entry["bits"] = 2
-    else:
-        del manifest["files"]["config.json"]
+    CHANGES[change](manifest)
     (copy / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, separators=(",", ":")))
-    with pytest.raises(PackedError):
+    with pytest.raises(PackedError, match=r"manifest\.json: its seal is not the SHA-256"):
         open_packed(copy)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_manifest_that_was_edited_and_sealed_is_refused(change: str, copy: Path) -> None:
+    """A seal proves no more than that a manifest is whole: codecs, shapes and files must fit all the same."""
+    reseal(copy, CHANGES[change])
+    with pytest.raises(PackedError):
+        load(copy)
+
+
+# What is put in the place that the keys lead to, or ... to remove it; and what the message must say.
+FORMS: list[tuple[tuple[str, ...], object, str]] = [
+    *(
+        ((block,), value, f"no {block}")
+        for block in ("files", "provenance", "tensors", "vectors")
+        for value in (..., 5)
+    ),
+    (("files", PAYLOAD), ..., f"no {PAYLOAD}"),
+    *((("files", "config.json"), value, "files: 'config.json'") for value in (None, "x", [1], ["x", 1], [True, "x"])),
+    *((("tensors", "t"), value, "tensors: 't'") for value in (None, 5, [], {}, {"codec": "kept"}, {"shape": [1, 1]})),
+    *(
+        (("tensors", TENSOR, "shape"), value, f"tensors: '{TENSOR}'")
+        for value in (
+            None,
+            5,
+            [],
+            [1],
+            [72, 72, 3],
+            ["a", "b"],
+            [-1, 5],
+            [0, 5],
+            [72.0, 216.0],
+            [True, 1],
+            [1 << 62, 1],
+        )
+    ),
+    *((("tensors", TENSOR, "codec"), value, f"tensors: '{TENSOR}'") for value in (..., None, 4, ["kept"])),
+    *((("tensors", TENSOR, "bits"), value, f"tensors: '{TENSOR}'") for value in (None, "4", [4], True, 1 << 63)),
+    *(
+        (("vectors",), [value], "vectors: ")
+        for value in (None, 5, "ab", [], ["a"], [5, [1]], ["a", 5], ["a", ["b"]], ["a", [-1]], ["a", [1.0]])
+    ),
+    (("vectors",), [["a", [7]]], r"vectors are float16 \[\d+\], but the manifest speaks of float16 \[7\]"),
+    *((("tensors", name), ..., f"{name}.* belongs to no tensor") for name in (TENSOR,)),
+    (("provenance", "more"), 1, "provenance: the keys are"),
+    (("provenance", "model"), ..., "provenance: the keys are"),
+    *(
+        (("provenance", key), value, rf"provenance\.{key}")
+        for key in ("model", "architecture", "source", "id", "revision", "method", "certificate")
+        for value in (5, ["x"])
+    ),
+    *((("provenance", "parameters"), value, r"provenance\.parameters") for value in (None, 0, -1, 1.5, "12", True)),
+    (("provenance", "method"), {}, r"provenance\.method: no codec"),
+]
+
+
+@pytest.mark.parametrize(("keys", "value", "says"), FORMS)
+def test_a_sealed_manifest_of_another_form_is_refused(
+    keys: tuple[str, ...], value: object, says: str, copy: Path
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        *way, last = keys
+        place = manifest
+        for key in way:
+            place = place[key]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+
+    reseal(copy, change)
+    with pytest.raises(PackedError, match=says):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400, "9" * 5000])
+def test_numbers_that_no_codec_writes_are_refused(number: str, copy: Path) -> None:
+    body = (copy / MANIFEST).read_bytes()[: -len(_sealed({})) + 1]
+    body = body.replace(b'"bits":4', b'"bits":' + number.encode())
+    (copy / MANIFEST).write_bytes(body + b',"seal":"%s"}' % hashlib.sha256(body).hexdigest().encode())
+    with pytest.raises(PackedError, match=r"manifest\.json: (tensors: |not valid JSON)"):
+        open_packed(copy)
+
+
+def test_a_manifest_too_deep_to_parse_is_refused(copy: Path) -> None:
+    (copy / MANIFEST).write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(PackedError, match=r"manifest\.json: not valid JSON"):
+        open_packed(copy)
+
+
+def test_a_sealed_model_that_is_not_the_configs_is_refused(copy: Path) -> None:
+    """Names and shapes are held against config.json when the model is built."""
+
+    def rename(manifest: dict[str, Any]) -> None:
+        manifest["vectors"][0][0] = "transformer.nothing.bias"
+
+    reseal(copy, rename)
+    with pytest.raises(InputError, match=r"no parameter transformer\.nothing\.bias"):
+        load(copy)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -272,7 +389,7 @@ def test_an_unknown_format_is_refused(version: object, copy: Path) -> None:
 def test_a_stray_file_that_could_be_loaded_is_refused(name: str, copy: Path) -> None:
     """transformers' own from_pretrained would take these in place of ours."""
     (copy / name).write_bytes(b"x")
-    with pytest.raises(PackedError, match=f"{name} is not listed in the manifest"):
+    with pytest.raises(PackedError, match=f"{name}: not listed in the manifest"):
         open_packed(copy)
 
 
@@ -286,8 +403,9 @@ def test_a_link_in_place_of_a_file_is_refused(copy: Path, tmp_path: Path) -> Non
 def test_a_name_that_leaves_the_directory_is_refused(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"x")
     files = json.loads((copy / MANIFEST).read_text())["files"]
-    edit_json(copy / MANIFEST, files={**files, "../x": [1, sha256_file(tmp_path / "x")]})
-    with pytest.raises(PackedError, match=r"\.\./x"):
+    listed = {**files, "../x": [1, sha256_file(tmp_path / "x")]}
+    reseal(copy, lambda manifest: manifest.update(files=listed))
+    with pytest.raises(PackedError, match=r"\.\./x: the manifest lists this file, but it is not there"):
         open_packed(copy)
 
 

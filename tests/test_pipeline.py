@@ -374,6 +374,13 @@ PLANTED = [
     ),
     (params_problems, "dvc.yaml", "      - scoring\n", "", "score: params lack scoring"),
     (params_problems, "dvc.yaml", "      - evaluation.context\n", "", "download: params lack evaluation.context"),
+    (
+        params_problems,
+        "dvc.yaml",
+        "      - evaluation.paper.length\n",
+        "",
+        "download: params lack evaluation.paper.length",
+    ),
     (params_problems, "dvc.yaml", "      - models.${item.model}\n", "", "download: params lack models.${item.model}"),
     (
         params_problems,
@@ -807,6 +814,12 @@ MISTAKES = {
     "empty text": Mistake(lambda p: _own_text(p, "\n \n"), "own.txt", "give|check|name", DOWNLOAD),
     "short text": Mistake(lambda p: _own_text(p, "o mar"), "corpora.sampled.test", "give more text", DOWNLOAD),
     "NaN": Mistake(_not_a_number, "h.1.attn.c_attn.weight", "NaN.*(repair|again|another|train|convert)", DOWNLOAD),
+    "long texts": Mistake(
+        lambda p: p.set(evaluation={"paper": {"length": 33}}),
+        "evaluation.paper.length: 33 tokens",
+        "context of 32; lower it",
+        DOWNLOAD,
+    ),
     "no hub": Mistake(
         lambda p: p.set(active={"models": ["gpt2"]}), "127.0.0.1:9", "set HF_ENDPOINT to a mirror", ("download", "gpt2")
     ),

@@ -127,6 +127,14 @@ def test_compare_does_not_pass_over_a_missing_file(repository: Path) -> None:
     assert all(line.endswith("became nothing") for line in lines)
 
 
+def test_compare_names_a_file_that_the_commit_lacks(repository: Path) -> None:
+    write(repository, FIGURES, "newcomer")
+    assert compare(repository) == (
+        1,
+        ["metrics/reference/newcomer.json: not in HEAD, so it was compared with nothing"],
+    )
+
+
 def test_compare_takes_another_commit(repository: Path) -> None:
     write(repository, changed("quality", "sampled", "loss", value=3.5))
     git(repository, "commit", "--quiet", "--all", "-m", "worse")

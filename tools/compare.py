@@ -29,7 +29,7 @@ DEFAULT = (1e-3, 1e-6)
 
 
 def main(revision: Annotated[str, typer.Argument(help="the commit to compare with")] = "HEAD") -> None:
-    """Print every figure that is off, and exit with 1 if any is."""
+    """Print every figure that is off and every file that the commit lacks, and exit with 1 if there is any."""
     listed = subprocess.run(
         ["git", "ls-tree", "-r", "--name-only", revision, "metrics/"], check=False, capture_output=True, text=True
     )
@@ -46,6 +46,8 @@ def main(revision: Annotated[str, typer.Argument(help="the commit to compare wit
         fresh = dict(flat(json.loads(Path(name).read_text()))) if Path(name).is_file() else {}
         figures += len(committed)
         off += [f"{name}: {key}: {why}" for key, why in differences(committed, fresh)]
+    made = {path.as_posix() for path in Path("metrics").rglob("*.json")}
+    off += [f"{name}: not in {revision}, so it was compared with nothing" for name in sorted(made - {*names})]
     print("\n".join(off) or f"{figures} figures in {len(names)} files agree with {revision}")
     sys.exit(bool(off))
 

@@ -314,7 +314,7 @@ def _coerce_scalar(value: object, hint: Any, where: str) -> Any:
     if hint is int and (type(value) is int or (isinstance(value, float) and value.is_integer())):
         return int(typing.cast(Any, value))
     if type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+        kind = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
         raise _type_error(where, value, kind)
     return value
 

@@ -73,7 +73,16 @@ def check_long_enough(where: str, ids: np.ndarray, window: int) -> None:
     """Raise InputError where a split does not fill one window of the model."""
     if ids.size < window:
         raise InputError(
-            f"{where}: {ids.size} tokens do not fill one window of {window}; give more, or lower evaluation.context"
+            f"{where}: {ids.size} tokens do not fill one window of {window}; give more text, or lower "
+            "evaluation.context"
+        )
+
+
+def check_paper_length(length: int, context: int) -> None:
+    """Raise InputError where the texts of the paper's protocol would not fit into the model's context."""
+    if length > context:
+        raise InputError(
+            f"evaluation.paper.length: {length} tokens do not fit the model's context of {context}; lower it to that"
         )
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """The quadratic model of the loss around one matrix: 1/2 sum_r rows_r (E moment E^T)_rr, nats per token."""
+    """The quadratic model of the loss around one matrix, nats per token: 1/2 tr(outputs E inputs E^T).
 
-    moment: Tensor  # float64 [in, in]
-    rows: Tensor  # float64 [out]
+    Where only the diagonal of `outputs` is known (a vocabulary is too large for more), `outputs` is None.
+    """
+
+    inputs: Tensor  # float64 [in, in]
+    rows: Tensor  # float64 [out], the diagonal of `outputs`
+    outputs: Tensor | None = None  # float64 [out, out]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +53,27 @@ class Factor:
 
 
 def curvature(statistics: Statistics, name: str) -> Curvature:
-    """One moment and one weight per row for all uses of a matrix.
+    """One quadratic model for all uses of a matrix.
 
     A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r D E_r^T, D
     diagonal. Head and text agree on which tokens are frequent, so frequency_r is nearly proportional to fisher_r; with
     the mean ratio in its place both uses share the rows' weights, and their moments add up.
     """
-    lookup = statistics.lookup_fisher
-    if statistics.second_moment is None:
-        if lookup is None or statistics.frequency is None:
+    lookup, frequency = statistics.lookup_fisher, statistics.frequency
+    if statistics.second_moment is None or statistics.fisher is None:
+        if lookup is None or frequency is None:
             raise InputError(f"{name}: no statistics; run the score stage, or use a codec that needs none")
-        return Curvature(torch.from_numpy(lookup).double().diag(), torch.from_numpy(statistics.frequency).double())
-    moment = torch.from_numpy(statistics.second_moment).double()
-    assert statistics.fisher is not None
-    rows = torch.from_numpy(statistics.fisher).double()
-    if lookup is not None and statistics.frequency is not None:
-        ratio = float(statistics.frequency.sum(dtype="float64") / max(float(rows.sum()), 1e-300))
-        moment = moment + ratio * torch.from_numpy(lookup).double().diag()
-    return Curvature(moment, rows)
+        return Curvature(_double(lookup).diag(), _double(frequency))
+    inputs, rows = _double(statistics.second_moment), _double(statistics.fisher)
+    if lookup is not None and frequency is not None:
+        ratio = float(frequency.sum(dtype="float64")) / max(float(rows.sum()), 1e-300)
+        inputs = inputs + ratio * _double(lookup).diag()
+    gradient = statistics.gradient_moment
+    return Curvature(inputs, rows, None if gradient is None else _double(gradient))
+
+
+def _double(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).double()
 
 
 def factor(moment: Tensor, name: str, damping: float = DAMPING) -> Factor:
@@ -120,6 +129,38 @@ def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, 
     return result.T.contiguous()
 
 
-def damage(errors: Tensor, rows: Tensor) -> float:
-    """1/2 sum_rc rows_r errors_rc^2, nats per token, of what `round_with_feedback` returns."""
-    return 0.5 * float(errors.double().square().sum(1) @ rows)
+def spread_rounding(found: Factor) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Rounding of one column whose rows interact, too: (values, steps) -> codes, all float32 [out].
+
+    With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
+    rounding error of an element after those before it, in its column and in columns before, have handed theirs on (YAQA,
+    Tseng et al. 2025, arXiv:2505.22988). Towards later columns a column acts by its values minus its rounded values, as
+    it does without interaction of rows; so this slots into `round_with_feedback`.
+    """
+    order = found.order.numpy()
+    spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
+    kernel = _kernel()
+
+    def snap(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        codes = np.empty_like(values)
+        codes[order] = kernel(values[order], steps[order], spread)
+        return codes
+
+    return snap
+
+
+@cache
+def _kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    import numba
+
+    @numba.njit("float32[::1](float32[::1], float32[::1], float32[:, ::1])", nogil=True)  # type: ignore[untyped-decorator]
+    def snap(values: np.ndarray, steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        codes = np.empty_like(values)
+        for r in range(len(values)):
+            codes[r] = np.rint(values[r] / steps[r])
+            error = values[r] - codes[r] * steps[r]
+            for later in range(r + 1, len(values)):
+                values[later] -= error * spread[r, later]
+        return codes
+
+    return snap  # type: ignore[no-any-return]

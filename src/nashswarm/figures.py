@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
 FAMILIES: Mapping[str, tuple[str, str, str]] = {  # prefix -> title, colour, marker
-    "paper-": ("paper, head only", "#b5482f", "X"),
+    "paper-": ("paper's, nn.Linear only", "#b5482f", "X"),
     "uniform": ("paper's codecs, all weights", "#e39a2d", "P"),
     "rtn": ("round to nearest", "#8a8f98", "s"),
     "gptq": ("GPTQ", "#5b4b9a", "D"),
@@ -32,9 +29,12 @@ PARTS: Mapping[str, str] = {
 }
 SPARE_COLOURS = ("#c86fa0", "#6a994e", "#a07855", "#77a6a0")
 TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32)
-WIDTH = 5.6  # inches; a phone shows it at two thirds
+WIDTH = 4.9  # inches; a phone shows it at 0.6 of its size
 INK, FAINT = "#1d2329", "#d9dde2"
-OFFSETS = ((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right"), (0, 9, "center"), (0, -16, "center"))
+OFFSETS = (  # of a label from its point, and which end of it that is; the first that has room is taken
+    *((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right")),
+    *((0, 9, "center"), (0, -16, "center"), (9, -3, "left"), (-9, -3, "right"), (-3, -18, "right"), (3, 14, "left")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
 
     Arguments: `label`, of the vertical axis.
     """
-    figure = Figure(figsize=(WIDTH, 4.7), dpi=dpi, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    canvas = _canvas(4.5, dpi)
+    figure = canvas.figure
     axes = figure.add_subplot()
     floor, ceiling = _span(points)
     axes.set_yscale("log")
@@ -69,7 +69,8 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
         _draw_family(axes, [x for x in points if family(x.method) == prefix], prefix, floor)
     axes.set_ylim(floor, ceiling)
     _dress(axes, [p.bits for p in points], label)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
+    if points:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     canvas.draw()
     figure.set_layout_engine("none")
     _label(axes, canvas, points, floor)
@@ -77,9 +78,12 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
 
 
 def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
-    """Bits per weight by part of the file, one bar for each method, as PNG. Arguments: `parts`, method -> part -> bits."""
-    figure = Figure(figsize=(WIDTH, 1.5 + 0.29 * len(parts)), dpi=dpi, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    """Bits per weight by part of the file, one bar for each method, as PNG.
+
+    Arguments: `parts`, method -> part -> bits.
+    """
+    canvas = _canvas(1.5 + 0.29 * len(parts), dpi)
+    figure = canvas.figure
     axes = figure.add_subplot()
     names = part_names(parts)
     spare = iter(SPARE_COLOURS * len(names))
@@ -94,6 +98,7 @@ def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
     axes.set_ylim(len(parts) - 0.4, -0.6)
     axes.set_xlabel("true bits per weight, all stored bytes", color=INK)
     axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
     _plain(axes)
     figure.legend(loc="outside lower center", ncols=min(4, len(names) or 1), frameon=False, fontsize=9.5)
     return _png(canvas, dpi)
@@ -106,6 +111,14 @@ def part_names(parts: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 # --- pieces --------------------------------------------------------------------------------------------------------
+
+
+def _canvas(height: float, dpi: int) -> Any:
+    """An empty figure that no window and no global state knows; matplotlib takes a second to import."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return FigureCanvasAgg(Figure(figsize=(WIDTH, height), dpi=dpi, layout="constrained", facecolor="white"))
 
 
 def _span(points: Sequence[Point]) -> tuple[float, float]:
@@ -146,7 +159,9 @@ def _draw_family(axes: Any, points: Sequence[Point], prefix: str, floor: float) 
 
 
 def _dress(axes: Any, bits: Sequence[float], label: str) -> None:
-    least, most = min(bits, default=1.0) / 1.15, max(bits, default=8.0) * 1.25
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    least, most = min(bits, default=1.0) / 1.3, max(bits, default=8.0) * 1.25
     axes.set_xlim(least, most)
     ticks = [t for t in TICKS if least <= t <= most]
     if most / least > 5:  # no room for halves
@@ -170,15 +185,16 @@ def _plain(axes: Any) -> None:
         axes.spines[side].set_color("#8a8f98")
 
 
-def _label(axes: Any, canvas: FigureCanvasAgg, points: Sequence[Point], floor: float) -> None:
-    """Names beside the points, where they cover neither each other nor another point; those without room are left out."""
+def _label(axes: Any, canvas: Any, points: Sequence[Point], floor: float) -> None:
+    """Names beside the points, where they cover neither each other nor a point; left out where there is no room."""
     places = {p.method: (p.bits, p.value if p.value > 0 else floor * 1.12) for p in points}
     pixels = {m: axes.transData.transform(place) for m, place in places.items()}
+    lines = _along_lines(points, pixels)
     taken: list[Any] = []
     frame = axes.get_window_extent(canvas.get_renderer())
     for point in sorted(points, key=lambda p: (p.bits, p.method)):
-        name = point.method if point.value > 0 else f"{point.method} (≤ 0)"
-        others = [xy for m, xy in pixels.items() if m != point.method]
+        name = point.method.removeprefix("market-") + ("" if point.value > 0 else " (≤ 0)")
+        others = [xy for m, xy in pixels.items() if m != point.method] + lines
         for dx, dy, side in OFFSETS:
             text = axes.annotate(
                 name,
@@ -186,18 +202,29 @@ def _label(axes: Any, canvas: FigureCanvasAgg, points: Sequence[Point], floor: f
                 (dx, dy),
                 textcoords="offset points",
                 ha=side,
-                fontsize=8,
+                fontsize=8.5,
                 color=FAMILIES[family(point.method)][1],
             )
             box = text.get_window_extent(canvas.get_renderer())
-            covered = any(box.overlaps(t) for t in taken) or any(box.padded(3).contains(*xy) for xy in others)
+            covered = any(box.overlaps(t) for t in taken) or any(box.padded(2).contains(*xy) for xy in others)
             if not covered and box.x0 >= frame.x0 and box.x1 <= frame.x1 + 12 and box.y0 >= frame.y0:
                 taken.append(box)
                 break
             text.remove()
 
 
-def _png(canvas: FigureCanvasAgg, dpi: int) -> bytes:
+def _along_lines(points: Sequence[Point], pixels: Mapping[str, Any]) -> list[Any]:
+    """Places on the lines that join a market's points, for labels to keep clear of."""
+    found: list[Any] = []
+    for prefix in (p for p in FAMILIES if p.startswith("market")):
+        joined = sorted((p.bits, p.method) for p in points if family(p.method) == prefix and p.value > 0)
+        ends = [pixels[method] for _, method in joined]
+        for start, end in itertools.pairwise(ends):
+            found += [start + (end - start) * step / 12 for step in range(1, 12)]
+    return found
+
+
+def _png(canvas: Any, dpi: int) -> bytes:
     buffer = io.BytesIO()
     canvas.figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

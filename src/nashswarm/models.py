@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -105,13 +106,29 @@ def skeleton(directory: Path) -> PreTrainedModel:
     """The model's modules without memory for weights (on the meta device), heads tied as the config says."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with _building(directory), torch.device("meta"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {error}") from error
+        model = AutoModelForCausalLM.from_config(config)
     return model
+
+
+def context_of(directory: Path) -> int:
+    """The model's longest window in tokens, from its config alone."""
+    from transformers import AutoConfig
+
+    with _building(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        context = int(config.max_position_embeddings)
+    return context
+
+
+@contextmanager
+def _building(directory: Path) -> Iterator[None]:
+    """What transformers raises at a config that it cannot use, as an InputError."""
+    try:
+        yield
+    except (AttributeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {error}") from error
 
 
 def describe(directory: Path) -> ModelIndex:
@@ -203,23 +220,19 @@ class Checkpoint:
     def open(cls, directory: Path, index: ModelIndex) -> Checkpoint:
         """Find every parameter of `index` in the files. Raises InputError for one that is missing or misshapen."""
         found: dict[str, tuple[str, str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in checkpoint_files(directory):
-            if name.endswith(".safetensors"):
-                with _safe_open(directory / name) as file:
-                    for key in file.keys():  # noqa: SIM118 (not a dict)
-                        found[key] = (name, key)
-                        shapes[key] = tuple(file.get_slice(key).get_shape())
+        stored: dict[str, Any] = {}
+        for name in _safetensors(directory):
+            with _safe_open(directory / name) as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    found[key], stored[key] = (name, key), file.get_slice(key)
+        matrices = [((t.name, *t.tied), t.shape[::-1] if t.kind == "conv1d" else t.shape) for t in index.tensors]
         keys = {}
-        for tensor in index.tensors:
-            key = _find_key((tensor.name, *tensor.tied), found, directory)
-            stored = tensor.shape[::-1] if tensor.kind == "conv1d" else tensor.shape
-            _check_shape(directory, key, shapes[key], stored)
-            keys[tensor.name] = found[key]
-        for vector in index.vectors:
-            key = _find_key((vector.name,), found, directory)
-            _check_shape(directory, key, shapes[key], vector.shape)
-            keys[vector.name] = found[key]
+        for names, shape in [*matrices, *(((v.name,), v.shape) for v in index.vectors)]:
+            key = _find_key(names, found, directory)
+            _check_shape(directory, key, tuple(stored[key].get_shape()), shape)
+            if stored[key].get_dtype() not in FLOATS:
+                raise InputError(f"{directory / found[key][0]}: {key} is {stored[key].get_dtype()}, no float")
+            keys[names[0]] = found[key]
         return cls(directory, keys)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
@@ -235,21 +248,33 @@ class Checkpoint:
         """A parameter as it is stored, float32. Raises InputError for values that are not finite."""
         file_name, key = self.keys[name]
         with _safe_open(self.directory / file_name) as file:
-            if file.get_slice(key).get_dtype() not in FLOATS:
-                raise InputError(f"{self.directory / file_name}: {key} is {file.get_slice(key).get_dtype()}, no float")
-            value: Tensor = file.get_tensor(key).float()
-        if not bool(value.isfinite().all()):
-            bad = int((~value.isfinite()).sum())
-            where = f"{self.directory / file_name}: {key}"
-            raise InputError(f"{where} holds {bad} NaN or infinite values; save or download the checkpoint again")
-        return value
+            return _finite(self.directory / file_name, key, file.get_tensor(key))
 
 
-def check_finite(directory: Path, index: ModelIndex, progress: Progress) -> None:
-    """Read every tensor once. Raises InputError for the first that holds a NaN or an infinity."""
-    checkpoint = Checkpoint.open(directory, index)
-    for name in progress(list(checkpoint.keys), "check weights"):
-        checkpoint.read(name)
+def check_finite(directory: Path, progress: Progress) -> None:
+    """Read every vector and matrix once. Raises InputError for the first that holds a NaN or an infinity.
+
+    What has another number of dimensions is no parameter but a mask, or its -inf; `Checkpoint.read` checks all that
+    is used.
+    """
+    for name in _safetensors(directory):
+        with _safe_open(directory / name) as file:
+            for key in progress(list(file.keys()), f"check {name}"):
+                piece = file.get_slice(key)
+                if piece.get_dtype() in FLOATS and len(piece.get_shape()) in (1, 2):
+                    _finite(directory / name, key, file.get_tensor(key))
+
+
+def _finite(path: Path, key: str, stored: Tensor) -> Tensor:
+    value = stored.float()
+    if not bool(value.isfinite().all()):
+        bad = int((~value.isfinite()).sum())
+        raise InputError(f"{path}: {key} holds {bad} NaN or infinite values; save or download the checkpoint again")
+    return value
+
+
+def _safetensors(directory: Path) -> list[str]:
+    return [name for name in checkpoint_files(directory) if name.endswith(".safetensors")]
 
 
 def _safe_open(path: Path) -> Any:
@@ -277,7 +302,7 @@ def _check_shape(directory: Path, key: str, got: tuple[int, ...], expected: tupl
 def load_model(directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTrainedModel:
     """A float32 model in evaluation mode with these weights: (parameter's name, canonical tensor), each exactly once.
 
-    Raises InputError where a parameter got no weights: nothing is ever left at random.
+    Raises InputError where a parameter got no weights (nothing is ever left at random), or such as do not fit it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -288,10 +313,16 @@ def load_model(directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTra
     model.tie_weights()
     missing = {id(p): n for n, p in model.named_parameters()}
     for name, value in weights:
-        parameter = model.get_parameter(name)
+        try:
+            parameter = model.get_parameter(name)
+        except AttributeError:
+            raise InputError(f"{directory}: config.json describes a model that has no parameter {name}") from None
         conv1d = value.dim() == 2 and _kind(model.get_submodule(name.rpartition(".")[0])) == "conv1d"
-        parameter.data.copy_(value.T if conv1d else value)
-        missing.pop(id(parameter))
+        stored = value.T if conv1d else value
+        _check_shape(directory, name, tuple(stored.shape), tuple(parameter.shape))
+        parameter.data.copy_(stored)
+        if missing.pop(id(parameter), None) is None:
+            raise InputError(f"{directory}: weights for {name} came twice")
     if missing:
         raise InputError(f"{directory}: no weights came for {', '.join(sorted(missing.values())[:3])}")
     return model.eval().requires_grad_(False)

@@ -14,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
+import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
@@ -133,8 +135,9 @@ def open_packed(directory: Path) -> PackedModel:
         )
     try:
         arrays = load((directory / PAYLOAD).read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter for a dtype that numpy lacks
         raise PackedError(f"{directory / PAYLOAD}: not a valid safetensors file ({error})") from error
+    _check_arrays(directory, manifest, arrays)
     return _assemble(directory, manifest, arrays)
 
 
@@ -153,10 +156,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         data = path.read_bytes()
-        manifest = json.loads(data)
-    except FileNotFoundError:
+        manifest = json.loads(data, parse_constant=_refuse_constant)
+    except (FileNotFoundError, NotADirectoryError):
         raise PackedError(f"{directory}: no {MANIFEST}; this is not a packed directory") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise PackedError(f"{path}: cannot be read ({error.strerror}); get the directory again") from None
+    except (ValueError, RecursionError) as error:
         raise PackedError(f"{path}: not valid JSON ({error}); get the directory again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -166,7 +171,79 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise PackedError(
             f"{path}: its seal is not the SHA-256 of what stands before it; the file is corrupt, get it again"
         )
+    if wrong := next(_problems(manifest), None):
+        raise PackedError(f"{path}: {wrong}; this version writes no such manifest, get the directory again")
     return manifest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest lacks, or holds in another form than `write_packed` gives it."""
+    blocks = {"files": dict, "provenance": dict, "tensors": dict, "vectors": list}
+    for key, kind in blocks.items():
+        if not isinstance(manifest.get(key), kind):
+            yield f"no {key}"
+            return
+    if PAYLOAD not in manifest["files"]:
+        yield f"files: no {PAYLOAD}"
+    for name, entry in manifest["files"].items():
+        match entry:
+            case [int(size), str()] if _is_number(size):
+                continue
+        yield f"files: {name!r} has no size and SHA-256"
+    for name, entry in manifest["tensors"].items():
+        match entry:
+            case {"codec": str(), "shape": [rows, columns], **scalars} if _is_shape([rows, columns]):
+                if all(map(_is_number, scalars.values())):
+                    continue
+        yield f"tensors: {name!r} has no codec, shape (out, in) and numbers"
+    for entry in manifest["vectors"]:
+        match entry:
+            case [str(), list(shape)] if _is_shape(shape):
+                continue
+        yield f"vectors: {entry!r} is no name and shape"
+    yield from _provenance_problems(manifest["provenance"])
+
+
+def _provenance_problems(provenance: Mapping[str, Any]) -> Iterator[str]:
+    if provenance.keys() != {f.name for f in dataclasses.fields(Provenance)}:
+        yield f"provenance: the keys are {', '.join(provenance)}"
+        return
+    for key, kind in (("model", str), ("architecture", str), ("source", str), ("method", dict), ("certificate", dict)):
+        if not isinstance(provenance[key], kind):
+            yield f"provenance.{key}: {provenance[key]!r}"
+    for key in ("id", "revision"):
+        if not isinstance(provenance[key], str | None):
+            yield f"provenance.{key}: {provenance[key]!r}"
+    if not _is_shape([provenance["parameters"]]):
+        yield f"provenance.parameters: {provenance['parameters']!r}"
+    if "codec" not in provenance["method"]:
+        yield "provenance.method: no codec"
+
+
+def _is_shape(value: list[Any]) -> bool:
+    return all(type(count) is int and 0 < count < 2**62 for count in value)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -(2**63) <= typing.cast(float, value) < 2**63  # no NaN, no infinity
+
+
+def _check_arrays(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise PackedError where the payload has other arrays than the manifest speaks of."""
+    for key in arrays.keys() - {"vectors"}:
+        if key.rpartition(".")[0] not in {*manifest["tensors"], SHARED}:
+            raise PackedError(f"{directory / PAYLOAD}: {key} belongs to no tensor of the manifest")
+    vectors = arrays.get("vectors", np.zeros(0, np.float16))
+    expected = sum(math.prod(shape) for _, shape in manifest["vectors"])
+    if vectors.dtype != np.float16 or vectors.shape != (expected,):
+        raise PackedError(
+            f"{directory / PAYLOAD}: vectors are {vectors.dtype} {list(vectors.shape)}, but the manifest speaks of "
+            f"float16 [{expected}]"
+        )
 
 
 def _assemble(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> PackedModel:

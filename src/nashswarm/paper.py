@@ -7,7 +7,7 @@ MiB are its "MB" of 2^20 bytes. Where it gives a percentage alone, nothing was w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SOURCE = "Nash-Swarm, results of 30 Oct 2025: tables for GPT-2, Medium, Large and XL; first N texts of WikiText-2 test"
@@ -30,38 +30,51 @@ class Published:
     compression: float | None = None  # 1 - bits / 32 of the touched weights
 
 
-def _rows(
-    fp32: Published, uniform: tuple[float, float], nash: tuple[float, float], **losses: tuple[float, float]
-) -> dict[str, Published]:
-    """One sample count of one model. Arguments: (delta in percent, MiB) of both methods, (loss, perplexity) if known."""
-    compressions = {UNIFORM: 1 - 4 / 32, NASH: 1 - nash[1] / (8 * uniform[1])}
-    return {FP32: fp32} | {
-        method: Published(*losses.get(key, (None, None)), *figures, compressions[method])
-        for key, method, figures in (("uniform", UNIFORM, uniform), ("nash", NASH, nash))
-    }
+def _rows(fp32: Published, uniform: Published, nash: Published) -> dict[str, Published]:
+    """One sample count of one model; the compressions follow from widths and sizes."""
+    assert uniform.mib is not None
+    assert nash.mib is not None
+    compression = 1 - nash.mib / (8 * uniform.mib)
+    return {FP32: fp32, UNIFORM: replace(uniform, compression=1 - 4 / 32), NASH: replace(nash, compression=compression)}
 
 
 PUBLISHED: Mapping[tuple[str, int], Mapping[str, Published]] = {
     ("gpt2-xl", 20): _rows(
         Published(4.9006, 134.37, 0.0, 5941.82, 0.0),
-        (-0.74, 38.34),
-        (0.18, 28.71),
-        uniform=(4.8646, 129.61),
-        nash=(4.9094, 135.56),
+        Published(4.8646, 129.61, -0.74, 38.34),
+        Published(4.9094, 135.56, 0.18, 28.71),
     ),
     ("gpt2", 20): _rows(
         Published(5.3253, 205.48, 0.0, 474.70, 0.0),
-        (23.76, 18.40),
-        (0.77, 13.76),
-        uniform=(6.5908, 728.35),
-        nash=(5.3661, 214.03),
+        Published(6.5908, 728.35, 23.76, 18.40),
+        Published(5.3661, 214.03, 0.77, 13.76),
     ),
-    ("gpt2-medium", 20): _rows(Published(5.15, None, 0.0, 1353.54, 0.0), (4.41, 24.54), (1.42, 18.4)),
-    ("gpt2-large", 20): _rows(Published(5.05, None, 0.0, 2952.69, 0.0), (1.96, 30.67), (2.03, 23.0)),
-    ("gpt2", 50): _rows(Published(5.414, None, 0.0, 474.70, 0.0), (23.56, 18.40), (0.12, 13.80)),
-    ("gpt2-medium", 50): _rows(Published(5.194, None, 0.0, 1353.54, 0.0), (4.91, 24.54), (-0.15, 18.35)),
-    ("gpt2-large", 50): _rows(Published(5.119, None, 0.0, 2952.69, 0.0), (1.83, 30.67), (1.71, 23.24)),
-    ("gpt2-xl", 30): _rows(Published(5.010, None, 0.0, 5941.82, 0.0), (-0.66, 38.34), (0.41, 28.89)),
+    ("gpt2-medium", 20): _rows(
+        Published(5.15, None, 0.0, 1353.54, 0.0), Published(None, None, 4.41, 24.54), Published(None, None, 1.42, 18.4)
+    ),
+    ("gpt2-large", 20): _rows(
+        Published(5.05, None, 0.0, 2952.69, 0.0), Published(None, None, 1.96, 30.67), Published(None, None, 2.03, 23.0)
+    ),
+    ("gpt2", 50): _rows(
+        Published(5.414, None, 0.0, 474.70, 0.0),
+        Published(None, None, 23.56, 18.40),
+        Published(None, None, 0.12, 13.80),
+    ),
+    ("gpt2-medium", 50): _rows(
+        Published(5.194, None, 0.0, 1353.54, 0.0),
+        Published(None, None, 4.91, 24.54),
+        Published(None, None, -0.15, 18.35),
+    ),
+    ("gpt2-large", 50): _rows(
+        Published(5.119, None, 0.0, 2952.69, 0.0),
+        Published(None, None, 1.83, 30.67),
+        Published(None, None, 1.71, 23.24),
+    ),
+    ("gpt2-xl", 30): _rows(
+        Published(5.010, None, 0.0, 5941.82, 0.0),
+        Published(None, None, -0.66, 38.34),
+        Published(None, None, 0.41, 28.89),
+    ),
 }
 
 
@@ -127,6 +140,8 @@ def verdicts(metrics: Mapping[tuple[str, str], Mapping[str, Any]], corpora: Sequ
         Verdict(NAMED_CLAIMS[m], m, "", OPEN, f"{m} is not among the models of this run; the rows above are of others")
         for m in absent
     ]
+    claims = list(dict.fromkeys(v.claim for v in found))
+    found.sort(key=lambda v: claims.index(v.claim))  # stable: models and corpora stay in their order
     return [*found, Verdict(TIME_CLAIM, "all", "", OPEN, TIME_REASON)]
 
 

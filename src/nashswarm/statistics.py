@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ class _Moments:
 
     second: Tensor | None = None  # float64 [in, in]
     fisher: Tensor | None = None  # float64 [out]
+    gradient: Tensor | None = None  # float64 [out, out]
     tokens: int = 0
 
     def add_input(self, x: Tensor) -> None:
@@ -68,15 +69,21 @@ class _Moments:
         self.tokens += x.shape[0]
 
     def add_gradient(self, g: Tensor) -> None:
-        square = g.reshape(-1, g.shape[-1]).square().sum(0, dtype=torch.float64)
+        g = g.reshape(-1, g.shape[-1])
+        product = (g.T @ g).double()
+        self.gradient = product if self.gradient is None else self.gradient.add_(product)
+
+    def add_fisher(self, square: Tensor) -> None:
         self.fisher = square if self.fisher is None else self.fisher.add_(square)
 
     def statistics(self, name: str) -> Statistics:
-        if self.second is None or self.fisher is None or not bool(self.second.diagonal().any()):
+        fisher = self.fisher if self.gradient is None else self.gradient.diagonal()
+        if self.second is None or fisher is None or not bool(self.second.diagonal().any()):
             raise NashSwarmError(
                 f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros"
             )
-        return Statistics(_float32(self.second / self.tokens), _float32(self.fisher / self.tokens))
+        gradient = None if self.gradient is None else _float32(self.gradient / self.tokens)
+        return Statistics(_float32(self.second / self.tokens), _float32(fisher / self.tokens), gradient)
 
 
 @dataclass
@@ -132,7 +139,7 @@ class _Run:
             p = logits.detach().softmax(-1)
             labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
             # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
-            moments[self._name_of(head)].add_gradient((p * (1 - p)).sqrt())
+            moments[self._name_of(head)].add_fisher((p * (1 - p)).sum(0, dtype=torch.float64))
             functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
@@ -175,7 +182,7 @@ class _Run:
             # A table narrower than the blocks (OPT-350M projects it) has no gradient of its own: the mean stands in.
             own = fisher if tensor.shape[1] == width else fisher.mean().expand(tensor.shape[1])
             use = head[tensor.name].statistics(tensor.name) if tensor.name in head else Statistics()
-            yield tensor, Statistics(use.second_moment, use.fisher, _float32(per_token), _float32(own))
+            yield tensor, replace(use, frequency=_float32(per_token), lookup_fisher=_float32(own))
 
     def _name_of(self, module: nn.Module) -> str:
         """The canonical name of a module's weight."""

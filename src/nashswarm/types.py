@@ -160,6 +160,7 @@ class Statistics:
 
     second_moment: np.ndarray | None = None  # float32 [in, in], E[x x^T]
     fisher: np.ndarray | None = None  # float32 [out], E[(d loss / d y)^2] in nats^2, labels drawn from the model
+    gradient_moment: np.ndarray | None = None  # float32 [out, out], E[g g^T], g = d loss / d y; None for a head
     frequency: np.ndarray | None = None  # float32 [out], lookups of each row per token
     lookup_fisher: np.ndarray | None = None  # float32 [in], as fisher, of the values looked up
 

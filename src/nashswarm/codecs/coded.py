@@ -25,22 +25,23 @@ from torch import Tensor
 
 from nashswarm import entropy, feedback
 from nashswarm.rans import SYMBOLS
-from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec
+from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
 WIDTHS: tuple[int, ...] = ()
 STEPS_PER_OCTAVE = 8
 BASE_UNITS = 1 << 16  # per octave: an integer in the manifest, exact everywhere
-GRID = np.arange(-10.0, 3.01, 0.25)  # log2 k / k0: from about 12 bits a weight down to nearly none
+# log2 of the weights' spread in steps, from nearly no bits to 14 a weight; above 2 bits the curves are straight.
+SPREADS = np.concatenate([np.arange(-3, 2, 0.25), np.arange(2.0, 13.0)])
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
-SAMPLE = 1 << 19  # weights per tensor from which its curves are measured
+SAMPLE = 1 << 17  # weights per tensor from which its curves are measured
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Exponents a of the rows' weights: of projections, and of tables whose rows are tokens."""
 
-    row_exponent: float = 0.0
+    row_exponent: float = 0.5
     token_row_exponent: float = 0.25
 
 
@@ -65,27 +66,32 @@ class Steps:
 
 
 def offer(job: Job, settings: Settings) -> Candidates:
-    """Bytes and damage of one matrix at every k, measured on its weights rounded without feedback.
+    """Bytes and damage of one matrix over a range of k, measured on its weights rounded without feedback.
 
     Feedback moves weights by less than a step, which changes their entropy little and their rounding error not at all.
     """
-    curvature, found = _loss_model(job)
-    steps = _steps(curvature, found, job.tensor, settings)
+    model = _loss_model(job, settings)
+    steps = model.steps
     stride = max(1, -(-job.tensor.weights // SAMPLE))
     rows = torch.arange(0, job.tensor.shape[0], stride)
-    weight, row_weights = job.weight[rows], curvature.rows[rows]
-    scale = float(curvature.rows.sum() / row_weights.sum().clamp(min=1e-300))
-    inverse = 1 / found.step
+    weight, row_weights = job.weight[rows], model.rows[rows]
+    scale = float(model.rows.sum() / row_weights.sum().clamp(min=1e-300))
+    relative = weight / (steps.of_rows()[rows, None] * steps.of_columns(0))  # in steps of k = 1
+    spread = float(relative.square().mean().sqrt())
+    if not spread > 0:
+        relative, spread = relative + 1e-30, 1e-30  # an all-zero matrix: any step gives zeros
+    factors = float(np.log2(spread)) - SPREADS  # log2 k, falling: rising precision
+    widths = steps.of_rows()[rows, None] * (steps.of_columns(0) / model.columns.step)
     sizes, damages = [], []
-    for k in GRID[::-1]:
-        step = steps.of_rows()[rows, None] * steps.of_columns(k)
-        codes = (weight / step).round_()
-        errors = (weight - codes * step) * inverse
+    for factor in factors:
+        scaled = relative * 2.0**-factor
+        codes = scaled.round()
+        errors = (scaled - codes).mul_(widths).mul_(2.0**factor)
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ row_weights))
         sizes.append(_entropy_bytes(codes) * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
     return Candidates(
-        options=-GRID[::-1].copy(),
+        options=-factors,
         size=np.maximum.accumulate(np.array(sizes))[None] + overhead,
         distortion=np.minimum.accumulate(np.array(damages))[None],
         continuous=True,
@@ -100,28 +106,39 @@ def _entropy_bytes(codes: Tensor) -> float:
     return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
 
 
-def _loss_model(job: Job) -> tuple[feedback.Curvature, feedback.Factor]:
+@dataclass(frozen=True, slots=True)
+class _LossModel:
+    """Damage of rounding errors e: 1/2 sum_rc rows_r (e_rc / columns.step_c)^2, nats per token."""
+
+    columns: feedback.Factor
+    rows: Tensor  # float64 [out]
+    spread: feedback.Factor | None  # how errors act on later rows, where rows interact
+    steps: Steps
+
+
+def _loss_model(job: Job, settings: Settings) -> _LossModel:
+    name = job.tensor.name
     if job.statistics is None:
-        raise InputError(f"{job.tensor.name}: codec 'coded' needs statistics; run the score stage")
-    curvature = feedback.curvature(job.statistics, job.tensor.name)
-    return curvature, feedback.factor(curvature.moment, job.tensor.name)
+        raise InputError(f"{name}: codec 'coded' needs statistics; run the score stage")
+    curvature = feedback.curvature(job.statistics, name)
+    if not float(curvature.rows.mean()) > 0:
+        raise InputError(f"{name}: its Fisher information is zero; nothing that it does reaches the loss")
+    columns, spread, rows = feedback.factor(curvature.inputs, name), None, curvature.rows
+    exponent = settings.token_row_exponent
+    if curvature.outputs is not None:
+        spread = feedback.factor(curvature.outputs, name)
+        rows, exponent = spread.step.double() ** -2, settings.row_exponent
+    return _LossModel(columns, rows, spread, _steps(columns, rows, exponent))
 
 
-def _steps(curvature: feedback.Curvature, found: feedback.Factor, tensor: TensorSpec, settings: Settings) -> Steps:
-    tokens = tensor.part in ("embedding", "head")
-    exponent = settings.token_row_exponent if tokens else settings.row_exponent
-    mean = float(curvature.rows.mean())
-    if mean <= 0:
-        raise InputError(f"{tensor.name}: its Fisher information is zero; nothing that it does reaches the loss")
-    rows = (curvature.rows / mean).clamp(min=1e-6)
-    rho = -exponent * rows.log2() - 0.5 * torch.log2(rows.pow(1 - 2 * exponent).mean() * mean)
-    columns = found.step.double().log2()
-    row_base, column_base = float(rho.median()), float(columns.median())
-    return Steps(
-        base=row_base + column_base,
-        rows=_eighths(rho - row_base),
-        columns=_eighths(columns - column_base),
-    )
+def _steps(columns: feedback.Factor, rows: Tensor, exponent: float) -> Steps:
+    """Steps at k = 1: U_cc * rows_r^-a / sqrt(mean(rows^(1 - 2a)))."""
+    mean = float(rows.mean())
+    relative = (rows / mean).clamp(min=1e-6)
+    rho = -exponent * relative.log2() - 0.5 * torch.log2(relative.pow(1 - 2 * exponent).mean() * mean)
+    octaves = columns.step.double().log2()
+    row_base, column_base = float(rho.median()), float(octaves.median())
+    return Steps(row_base + column_base, _eighths(rho - row_base), _eighths(octaves - column_base))
 
 
 def _eighths(octaves: Tensor) -> np.ndarray:
@@ -164,28 +181,31 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
 
 def _round(job: Job, settings: Settings) -> _Rounded:
     assert job.choice.step is not None
-    curvature, found = _loss_model(job)
-    steps = _steps(curvature, found, job.tensor, settings)
-    base = round((steps.base + job.choice.step) * BASE_UNITS)
-    steps = Steps(base / BASE_UNITS, steps.rows, steps.columns)
+    model = _loss_model(job, settings)
+    base = round((model.steps.base + job.choice.step) * BASE_UNITS)
+    steps = Steps(base / BASE_UNITS, model.steps.rows, model.steps.columns)
     rows, columns = steps.of_rows(), steps.of_columns(0)
-    codes = torch.empty(job.tensor.shape[::-1], dtype=torch.int32)
-    inverse = 1 / rows
+    snap = _round_alone if model.spread is None else feedback.spread_rounding(model.spread)
+    codes = np.empty(job.tensor.shape[::-1], np.int32)
 
     def quantize(column: int, values: Tensor) -> Tensor:
-        step = float(columns[column])
-        found_codes = (values * (inverse / step)).round_()
-        largest = float(found_codes.abs().max())
+        widths = rows * columns[column]
+        found = snap(values.numpy(), widths.numpy())
+        largest = float(np.abs(found).max())
         if not largest < LARGEST_CODE:
             raise InputError(f"{job.tensor.name}: codes reach {largest:.3g}, beyond {LARGEST_CODE}; lower the budget")
-        codes[column] = found_codes.to(torch.int32)
-        return found_codes * (rows * step)
+        codes[column] = found
+        return torch.from_numpy(found) * widths
 
-    feedback.round_with_feedback(job.weight, found, quantize)
-    array = codes.T.contiguous().numpy()
+    feedback.round_with_feedback(job.weight, model.columns, quantize)
+    array = np.ascontiguousarray(codes.T)
     contexts = entropy.fit_scales(array)
     small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
     return _Rounded(job.tensor.name, job.tensor.shape, base, steps, small, contexts)
+
+
+def _round_alone(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    return np.rint(values / steps)
 
 
 def _pack_scales(rounded: list[_Rounded]) -> np.ndarray:

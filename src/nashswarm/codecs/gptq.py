@@ -26,7 +26,7 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         raise InputError(f"{job.tensor.name}: codec 'gptq' needs statistics; run the score stage")
     assert job.choice.bits is not None
     bits, group = job.choice.bits, settings.group_of(job.tensor)
-    moment = feedback.curvature(job.statistics, job.tensor.name).moment
+    moment = feedback.curvature(job.statistics, job.tensor.name).inputs
     scales, zeros = grouped.row_grids(job, bits, group, settings.clip_search, moment.diagonal().float())
     codes = torch.empty(job.tensor.shape[::-1], dtype=torch.uint8)
 

@@ -1,0 +1,802 @@
+"""Tables and figures from the metrics alone: one document, written as Markdown, HTML and LaTeX.
+
+Equal metrics give equal bytes: no dates, no hosts, no versions. The sections are made as a list of blocks first; the
+three renderers know blocks, not metrics.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nashswarm import paper
+from nashswarm.artifacts import write_bytes
+from nashswarm.paper import rise, signed
+
+MIB = 2**20
+NONE = "–"
+Metrics = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What there is to report."""
+
+    metrics: Metrics
+    models: Sequence[str]
+    methods: Sequence[str]
+    corpora: Sequence[str]
+
+    def of(self, model: str) -> dict[str, Mapping[str, Any]]:
+        """Method -> metrics of one model, in the order of the methods."""
+        return {m: self.metrics[model, m] for m in self.methods if (model, m) in self.metrics}
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A section's (2) or a subsection's (3) title."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells are ready to be read; the first `left` columns are words."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    prose: bool = False  # whether cells hold sentences, to be wrapped
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+Block = Heading | Text | Items | Table | Picture
+
+
+def write(
+    directory: Path, metrics: Metrics, models: Sequence[str], methods: Sequence[str], corpora: Sequence[str], dpi: int
+) -> None:
+    """Write report.md, report.html, tables.tex and the figures into `directory`.
+
+    Arguments: `metrics`, of (model, method); `dpi`, of the figures.
+    """
+    run = Run(metrics, models, methods, corpora)
+    first, more = headline(run)
+    blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
+    blocks += [*_figure_section(run, dpi), *_market_section(run), *_reading_section(run)]
+    for picture in (b for b in blocks if isinstance(b, Picture)):
+        write_bytes(directory / picture.name, picture.png)
+    for name, render in (("report.md", markdown), ("report.html", web_page), ("tables.tex", latex)):
+        write_bytes(directory / name, render(first, blocks).encode())
+
+
+def console_table(metrics: Metrics, models: Sequence[str], methods: Sequence[str], corpora: Sequence[str]) -> str:
+    """The short table for a terminal: true size, rise in loss, and KL, for each model and corpus."""
+    run = Run(metrics, models, methods, corpora)
+    columns = ("method", "true bits", "file MiB", "loss rise % [95 % interval]", "", "KL nats")
+    blocks = []
+    for model in models:
+        for corpus in corpora:
+            rows = [columns]
+            for method, document in run.of(model).items():
+                quality = document["quality"][corpus]
+                rows.append((method, *_size(document), rise(quality), _resolved(quality), _kl(quality["kl_mean"])))
+            blocks.append(f"{model} on {corpus}\n{_aligned(rows)}")
+    return "\n\n".join([headline(run)[0], *blocks])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<", ">", ">", ">", "<", ">"]
+    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(r, sides, widths, strict=True)).rstrip() for r in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+# --- the headline --------------------------------------------------------------------------------------------------
+
+
+def headline(run: Run) -> tuple[str, str]:
+    """The first line, and what belongs to it."""
+    model, corpus = run.models[0], run.corpora[0]
+    documents = run.of(model)
+    best = paper.at_three_bits(documents)
+    if best is not None:
+        return _market_headline(model, corpus, best, documents[best])
+    if paper.NASH in documents:
+        return _paper_headline(model, corpus, documents[paper.NASH])
+    smallest = min(documents, key=lambda m: documents[m]["size"]["bits_per_weight"])
+    bits, quality = documents[smallest]["size"]["bits_per_weight"], documents[smallest]["quality"][corpus]
+    first = f"At {bits:.2f} true bits per weight, {_moves(quality)} on {corpus}"
+    return first, f"Model {model}, method {smallest}, the smallest file of this run."
+
+
+def _market_headline(model: str, corpus: str, best: str, document: Mapping[str, Any]) -> tuple[str, str]:
+    bits, quality = document["size"]["bits_per_weight"], document["quality"][corpus]
+    first = (
+        f"Over all weights at {bits:.2f} true bits per weight ({_smaller(document):.1f} % smaller than fp32), "
+        f"{_moves(quality)} on {corpus}"
+    )
+    certain = "The interval excludes 0." if quality["resolved"] else "The interval includes 0: not resolved."
+    more = (
+        f"Model {model}, method {best}: loss {quality['loss']:.4f} nats per token, file {_mib(document)} MiB, "
+        "everything counted that is needed to rebuild the model. In brackets the paired 95 % interval over "
+        f"{quality['tokens']:,} tokens. {certain} The paper reports 90.6 % and +{paper.HEADLINE_PERCENT} % on GPT-2 "
+        "XL, with 5 % of the weights quantized and only their codes counted."
+    )
+    return first, more
+
+
+def _paper_headline(model: str, corpus: str, document: Mapping[str, Any]) -> tuple[str, str]:
+    size, quality = document["size"], document["quality"][corpus]
+    first = (
+        f"The paper's mix claims {size['claimed_bits_per_weight']:.2f} bits per weight and really takes "
+        f"{size['bits_per_weight']:.2f} over the whole model; {_moves(quality)} on {corpus}"
+    )
+    more = (
+        f"Model {model}, method {paper.NASH}. Claimed: {size['claimed_mib']:.2f} MiB, "
+        f"{100 * size['claimed_compression']:.1f} % smaller. True: {_mib(document)} MiB on disk, "
+        f"{_smaller(document):.1f} % smaller than fp32; the matrices it touches take "
+        f"{size['matrix_bits_per_weight']:.2f} bits per weight, because a decoder has to know each weight's class. "
+        "The rest of the model is left as it is."
+    )
+    return first, more
+
+
+def _moves(quality: Mapping[str, Any]) -> str:
+    low, high = paper.percent_interval(quality)
+    if quality["delta_loss_percent"] >= 0:
+        return f"the loss rises by {signed(quality['delta_loss_percent'])[1:]} % [{signed(low)}, {signed(high)}]"
+    return f"the loss falls by {signed(quality['delta_loss_percent'])[1:]} % [{signed(low)}, {signed(high)}]"
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _smaller(document: Mapping[str, Any]) -> float:
+    """How much smaller than fp32, in percent."""
+    return float(100 * document["size"].get("compression", 1 - document["size"]["bits_per_weight"] / 32))
+
+
+def _mib(document: Mapping[str, Any]) -> str:
+    return f"{document['size']['file_bytes'] / MIB:.3f}"
+
+
+def _size(document: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{document['size']['bits_per_weight']:.3f}", _mib(document)
+
+
+def _resolved(quality: Mapping[str, Any]) -> str:
+    if list(quality["delta_loss_ci95"]) == [0, 0]:
+        return "the same"
+    return "resolved" if quality["resolved"] else "not resolved"
+
+
+def _kl(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+def _perplexity(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def _interval(values: Sequence[float], form: str) -> str:
+    return f"[{values[0]:{form}}, {values[1]:{form}}]"
+
+
+def _difference(ours: float | None, theirs: float | None, form: str) -> str:
+    return NONE if ours is None or theirs is None else format(ours - theirs, form)
+
+
+# --- claims and verdicts -------------------------------------------------------------------------------------------
+
+
+def _verdict_section(run: Run) -> list[Block]:
+    found = paper.verdicts(
+        {k: v for k, v in run.metrics.items() if k[0] in run.models and k[1] in run.methods}, run.corpora
+    )
+    rows = [(v.claim, " on ".join(filter(None, (v.model, v.corpus))), v.verdict, v.why) for v in found]
+    return [
+        Heading("Claims and verdicts"),
+        Text(
+            "Each claim with the number that decides it, in this run. Percentages are rises in loss against fp32; "
+            "brackets hold the paired 95 % interval. Where the interval reaches across the limit, the run cannot say."
+        ),
+        Table("The paper's claims, and ours", ("Claim", "Where", "Verdict", "The number that decides"), rows, 4, True),
+    ]
+
+
+# --- the paper, side by side ---------------------------------------------------------------------------------------
+
+PAPER_COLUMNS = (
+    "Method",
+    "N",
+    "Loss, paper",
+    "Loss, ours",
+    "Difference",
+    "Perplexity, paper",
+    "Perplexity, ours",
+    "Change %, paper",
+    "Change %, ours",
+    "Difference, points",
+    "MiB claimed, paper",
+    "MiB claimed, ours",
+    "Smaller %, paper",
+    "Smaller %, ours",
+)
+
+
+def _paper_section(run: Run) -> list[Block]:
+    blocks: list[Block] = [
+        Heading("The paper, by its own protocol and its own accounting"),
+        Text(
+            "The first N texts, cut or padded to 64 tokens, pads scored too; sizes are the bits of the codes of the "
+            f"touched weights alone. Paper: {paper.SOURCE}. {NONE} means that the paper prints no such number."
+        ),
+    ]
+    for corpus in run.corpora:
+        for model in run.models:
+            rows = _paper_rows(run, model, corpus)
+            if not rows:
+                continue
+            blocks.append(Table(f"Paper's protocol: {model} on {corpus}", PAPER_COLUMNS, rows, 2))
+        if not corpus.startswith("wikitext"):
+            blocks.append(
+                Text(f"The paper measured on WikiText-2. Differences in loss on {corpus} are differences of texts too.")
+            )
+    return blocks
+
+
+def _paper_rows(run: Run, model: str, corpus: str) -> list[Sequence[str]]:
+    documents = {m: d for m, d in run.of(model).items() if m == paper.FP32 or m.startswith("paper-")}
+    counts = sorted({int(n) for d in documents.values() for n in d["paper"][corpus].get("by_count", {})})
+    rows = []
+    for count in counts:
+        for method, document in documents.items():
+            row = document["paper"][corpus]["by_count"].get(str(count))
+            if row is not None:
+                theirs = paper.PUBLISHED.get((model, count), {}).get(method, paper.Published())
+                rows.append(_paper_row(count, method, row, document["size"], theirs))
+    return rows
+
+
+def _paper_row(
+    count: int, method: str, ours: Mapping[str, Any], size: Mapping[str, Any], theirs: paper.Published
+) -> Sequence[str]:
+    saved = size.get("claimed_compression")
+    return (
+        method,
+        str(count),
+        _number(theirs.loss, ".6g"),
+        f"{ours['loss']:.4f}",
+        _difference(ours["loss"], theirs.loss, "+.4f"),
+        _perplexity(theirs.perplexity),
+        _perplexity(ours["perplexity"]),
+        _number(theirs.delta_percent, "+.2f"),
+        f"{ours['delta_loss_percent']:+.2f}",
+        _difference(ours["delta_loss_percent"], theirs.delta_percent, "+.2f"),
+        _number(theirs.mib, ".2f"),
+        _number(size.get("claimed_mib"), ".2f"),
+        _number(None if theirs.compression is None else 100 * theirs.compression, ".1f"),
+        _number(None if saved is None else 100 * saved, ".1f"),
+    )
+
+
+# --- all methods in true bytes -------------------------------------------------------------------------------------
+
+
+def _size_section(run: Run) -> list[Block]:
+    blocks: list[Block] = [
+        Heading("All methods, in true bytes"),
+        Text(
+            "Sizes are those of the files on disk: codes, scales, zeros, class maps, tables, norms and biases, "
+            "headers. Quality is the standard protocol's: every token of the test split but each window's first, "
+            "paired with fp32."
+        ),
+    ]
+    for model in run.models:
+        columns = ("Method", "File MiB", "Bits per weight", "Matrix bits", "Claimed bits", "Smaller than fp32 %")
+        rows = [
+            (
+                method,
+                _mib(d),
+                f"{d['size']['bits_per_weight']:.3f}",
+                f"{d['size']['matrix_bits_per_weight']:.3f}",
+                _number(d["size"].get("claimed_bits_per_weight"), ".3f"),
+                f"{_smaller(d):.1f}",
+            )
+            for method, d in run.of(model).items()
+        ]
+        blocks.append(Table(f"Size: {model}", columns, rows))
+        blocks += [_quality_table(run, model, corpus) for corpus in run.corpora]
+        blocks.append(_parts_table(run, model))
+    return blocks
+
+
+def _quality_table(run: Run, model: str, corpus: str) -> Table:
+    columns = (
+        "Method",
+        "Bits per weight",
+        "Loss",
+        "Perplexity",
+        "Rise, nats",
+        "95 % interval",
+        "Rise %",
+        "Resolved?",
+        "KL mean",
+        "KL p99",
+        "Same top token %",
+    )
+    rows = []
+    for method, document in run.of(model).items():
+        q = document["quality"][corpus]
+        rows.append(
+            (
+                method,
+                f"{document['size']['bits_per_weight']:.3f}",
+                f"{q['loss']:.4f}",
+                _perplexity(q["perplexity"]),
+                f"{q['delta_loss']:+.5f}",
+                _interval(q["delta_loss_ci95"], "+.5f"),
+                signed(q["delta_loss_percent"]),
+                _resolved(q),
+                _kl(q["kl_mean"]),
+                _kl(q["kl_p99"]),
+                f"{100 * q['top1_agreement']:.2f}",
+            )
+        )
+    return Table(f"Quality: {model} on {corpus}", columns, rows)
+
+
+def _parts(run: Run, model: str) -> dict[str, dict[str, float]]:
+    """Method -> part -> bits per weight of the whole model; fp32 aside."""
+    found = {}
+    for method, document in run.of(model).items():
+        size = document["size"]
+        if method != paper.FP32 and size.get("parts"):
+            scale = size["bits_per_weight"] / size["file_bytes"]
+            found[method] = {part: count * scale for part, count in size["parts"].items()}
+    return found
+
+
+def _parts_table(run: Run, model: str) -> Table:
+    parts = _parts(run, model)
+    names = sorted({name for of_method in parts.values() for name in of_method})
+    rows = [
+        (m, *(f"{p[n]:.4f}" if n in p else NONE for n in names), f"{sum(p.values()):.3f}") for m, p in parts.items()
+    ]
+    return Table(f"Bits per weight by part of the file: {model}", ("Method", *names, "sum"), rows)
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def _figure_section(run: Run, dpi: int) -> list[Block]:
+    from nashswarm import figures  # with matplotlib, which the console table can do without
+
+    blocks: list[Block] = []
+    for model in run.models:
+        documents = {m: d for m, d in run.of(model).items() if m != paper.FP32}
+        if not documents:
+            continue
+        blocks.append(Heading(model, 3))
+        for corpus in run.corpora:
+            bits = {m: d["size"]["bits_per_weight"] for m, d in documents.items()}
+            found = {m: d["quality"][corpus] for m, d in documents.items()}
+            rises = [figures.Point(m, bits[m], q["delta_loss"], tuple(q["delta_loss_ci95"])) for m, q in found.items()]
+            kls = [figures.Point(m, bits[m], q["kl_mean"]) for m, q in found.items()]
+            blocks += [
+                Picture(
+                    f"frontier-{model}-{corpus}.png",
+                    f"Rise in loss against true size, {model} on {corpus}: lower and further left is better. Bars "
+                    "are the paired 95 % intervals; a bar that reaches the lower edge includes 0, an open triangle "
+                    "is not above 0.",
+                    figures.frontier(rises, "rise in loss, nats per token", dpi),
+                ),
+                Picture(
+                    f"kl-{model}-{corpus}.png",
+                    f"KL divergence from the original against true size, {model} on {corpus}: lower is better.",
+                    figures.frontier(kls, "KL divergence, nats per token", dpi),
+                ),
+            ]
+        caption = (
+            f"What the bytes are for, {model}: bits per weight by part of the file. "
+            "Matrices that a method leaves alone count as codes; fp32 is left out."
+        )
+        blocks.append(Picture(f"bytes-{model}.png", caption, figures.stacked(_parts(run, model), dpi)))
+    return [Heading("Figures"), *blocks] if blocks else []
+
+
+# --- the market ----------------------------------------------------------------------------------------------------
+
+
+def _market_section(run: Run) -> list[Block]:
+    blocks: list[Block] = []
+    for model in run.models:
+        bought = {m: d for m, d in run.of(model).items() if d.get("allocation", {}).get("price") is not None}
+        if bought:
+            blocks += [_certificate_table(model, bought), *(_prediction_table(model, c, bought) for c in run.corpora)]
+            blocks += [_peers_table(run, model, corpus) for corpus in run.corpora]
+    if not blocks:
+        return []
+    return [
+        Heading("The market"),
+        Text(
+            "Every piece of the model buys bytes at one price. At an equilibrium nobody gains by buying otherwise, "
+            "so the largest gain by deviating is 0 up to rounding and to the last bytes; the gap is how far the "
+            "bought distortion can be from the best one possible at these bytes. Bytes bought are those of the file."
+        ),
+        *blocks,
+    ]
+
+
+def _certificate_table(model: str, bought: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = ("Method", "Price, nats/byte", "Bytes asked", "Bytes bought", "Unspent %", "Largest gain", "Duality gap")
+    rows = []
+    for method, document in bought.items():
+        a = document["allocation"]
+        asked, spent = a.get("asked_bytes"), a.get("bought_bytes")
+        unspent = None if not asked or spent is None else 100 * (asked - spent) / asked
+        rows.append(
+            (
+                method,
+                f"{a['price']:.3e}",
+                _number(asked, ",d"),
+                _number(spent, ",d"),
+                _number(unspent, ".3f"),
+                _number(a.get("largest_deviation_gain"), ".2e"),
+                _number(a.get("duality_gap"), ".2e"),
+            )
+        )
+    return Table(f"Certificates of equilibrium: {model}", columns, rows)
+
+
+def _prediction_table(model: str, corpus: str, bought: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = ("Method", "Rise predicted", "Rise measured", "95 % interval", "Bits: share of weights")
+    rows = []
+    for method, document in bought.items():
+        a, q = document["allocation"], document["quality"][corpus]
+        rows.append(
+            (
+                method,
+                _number(a.get("predicted_rise"), "+.5f"),
+                f"{q['delta_loss']:+.5f}",
+                _interval(q["delta_loss_ci95"], "+.5f"),
+                _histogram(a.get("histogram") or {}),
+            )
+        )
+    return Table(f"Prediction and measurement, nats per token: {model} on {corpus}", columns, rows)
+
+
+def _histogram(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: float(item[0]))
+    return ", ".join(f"{bits}: {100 * count / total:.1f} %" for bits, count in ordered if count) or NONE
+
+
+def _peers_table(run: Run, model: str, corpus: str) -> Table:
+    """For every other method: the smallest market file whose loss rises no more."""
+    documents = {m: d for m, d in run.of(model).items() if m != paper.FP32}
+    market = {m: d for m, d in documents.items() if d.get("allocation", {}).get("price") is not None}
+    rows = []
+    for method in (m for m in documents if m not in market):
+        rise_ = documents[method]["quality"][corpus]["delta_loss"]
+        bits = documents[method]["size"]["bits_per_weight"]
+        equal = {m: d for m, d in market.items() if d["quality"][corpus]["delta_loss"] <= rise_}
+        best = min(equal, key=lambda m: equal[m]["size"]["bits_per_weight"], default=None)
+        if best is None:
+            rows.append((method, f"{bits:.3f}", f"{rise_:+.5f}", "none of this run", NONE, NONE, NONE))
+            continue
+        own = equal[best]["size"]["bits_per_weight"]
+        own_rise = equal[best]["quality"][corpus]["delta_loss"]
+        rows.append(
+            (method, f"{bits:.3f}", f"{rise_:+.5f}", best, f"{own:.3f}", f"{own_rise:+.5f}", f"{bits - own:+.3f}")
+        )
+    columns = ("Method", "Bits", "Rise, nats", "Market at no more loss", "Its bits", "Its rise", "Bits saved")
+    return Table(f"The smallest market file that is as good: {model} on {corpus}", columns, rows)
+
+
+# --- how to read it ------------------------------------------------------------------------------------------------
+
+
+def _reading_section(run: Run) -> list[Block]:
+    return [
+        Heading("How to read it"),
+        Items(
+            (
+                "True bits per weight: 8 times the bytes on disk needed to rebuild the model (config and tokenizer "
+                "aside), divided by all parameters, a tied matrix counted once. Matrix bits: the same for the "
+                "quantized matrices alone.",
+                "Claimed bits and MiB: the paper's accounting, which counts the codes of the touched weights and "
+                "nothing else. It touches what isinstance(module, nn.Linear) finds: in GPT-2 the head alone, tied to "
+                "the embedding. Which class a weight is in is not counted, though no decoder can do without it.",
+                "MiB are 2^20 bytes. Loss is in nats per token; perplexity is exp(loss). Rises are against the "
+                "original model on the same tokens; percentages are of its loss.",
+                "Standard protocol: the test split joined and tokenised once, non-overlapping windows of at most "
+                "1024 tokens, every token but a window's first a target, all targets weighted alike.",
+                "Paper's protocol: the first N texts longer than 20 characters, each cut or padded with EOS to 64 "
+                "tokens, pads scored too; the mean over texts of the mean of each. It has few tokens and many pads: "
+                "of the two, the standard protocol is the one to judge by.",
+                "Intervals: 95 %, paired, by a bootstrap over blocks of neighbouring windows. Not resolved: the "
+                "interval includes 0, so that the run cannot tell the model from the original.",
+                "KL: divergence of the quantized model's next-token distribution from the original's, in nats, mean "
+                "over all targets and 99th percentile. Same top token: how often both find the same token most "
+                "likely.",
+                "Limitations: one calibration text and one seed for each method; intervals cover the choice of test "
+                "tokens, not that of the calibration. On text that a model wrote itself (corpus sampled) the rise in "
+                "loss estimates the KL divergence; it says little about other texts. No times are given. What holds "
+                "for small models need not hold for large ones.",
+            )
+        ),
+    ]
+
+
+# --- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def markdown(first: str, blocks: Sequence[Block]) -> str:
+    """The document as GitHub's Markdown."""
+    return "\n\n".join([f"# {_md(first)}", *map(_markdown_block, blocks)]) + "\n"
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_md(text)}"
+        case Text(text):
+            return _md(text)
+        case Items(items):
+            return "\n".join(f"- {_md(item)}" for item in items)
+        case Picture(name, caption, _):
+            return f"![{_md(caption)}]({name})\n\n*{_md(caption)}*"
+        case Table(caption, columns, rows, left, _):
+            sides = [":--" if i < left else "--:" for i in range(len(columns))]
+            lines = [
+                f"| {' | '.join(cells)} |" for cells in (list(map(_md, columns)), sides, *(map(_md, r) for r in rows))
+            ]
+            return "\n".join([f"**{_md(caption)}**", "", *lines])
+
+
+def _md(text: str) -> str:
+    """Literal text; underscores within words stand for themselves in GitHub's Markdown."""
+    return re.sub(r"([\\`*|<>])", r"\\\1", text)
+
+
+# --- HTML ----------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root{color-scheme:light;--ink:#1d2329;--soft:#5b6570;--line:#d9dde2;--tint:#f5f7f8;--mark:#0b6e63}
+*{box-sizing:border-box}
+body{margin:0;color:var(--ink);background:#fff;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main,header>div{max-width:1248px;margin:0 auto;padding:0 16px}
+header{background:var(--tint);border-bottom:1px solid var(--line);padding:28px 0 20px}
+header p{max-width:52em;margin:0}
+.name{color:var(--mark);font-weight:600;letter-spacing:.02em;margin-bottom:6px}
+h1{font-size:clamp(1.35rem,3.4vw,2.1rem);line-height:1.25;margin:0 0 14px;max-width:32em}
+.n{white-space:nowrap}
+h2{font-size:1.4rem;margin:44px 0 10px;padding-top:10px;border-top:2px solid var(--line)}
+h3{font-size:1.1rem;margin:28px 0 8px}
+main>p,main>ul{max-width:52em}
+li{margin:6px 0}
+nav{margin-top:14px;display:flex;flex-wrap:wrap;gap:6px 18px;font-size:.93rem}
+a{color:var(--mark)}
+.wide{overflow-x:auto;margin:6px 0 26px;border:1px solid var(--line);border-radius:6px}
+.title{font-weight:600;margin:22px 0 6px}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.84rem;font-variant-numeric:tabular-nums}
+th,td{padding:6px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+th{background:var(--tint);vertical-align:bottom;white-space:normal;min-width:4.4em;line-height:1.3}
+tbody tr:last-child td{border-bottom:0}
+.w{text-align:left}
+td:first-child,th:first-child{position:sticky;left:0;background:#fff}
+th:first-child{background:var(--tint)}
+td:first-child{font-weight:500}
+.prose td{white-space:normal;min-width:7em}
+.prose td:first-child,.prose td:last-child{min-width:17em;font-weight:400}
+.prose td:nth-child(3){min-width:9.5em}
+.v{display:inline-block;padding:1px 9px;border-radius:10px;font-weight:600;font-size:.8rem}
+.yes{background:#d5efe6;color:#0a5047}.no{background:#f8ddd5;color:#8a2c14}.open{background:#e9ecef;color:#444d56}
+.pictures{display:flex;flex-wrap:wrap;gap:24px}
+figure{margin:0;flex:1 1 min(100%,480px);max-width:612px}
+img{width:100%;height:auto;display:block}
+figcaption{font-size:.85rem;color:var(--soft);margin-top:6px}
+@media (max-width:600px){
+ body{font-size:15px}
+ .prose thead{display:none}
+ .prose table,.prose tbody,.prose tr,.prose td{display:block;width:100%}
+ .prose tr{padding:10px 0;border-bottom:1px solid var(--line)}
+ .prose tbody tr:last-child{border-bottom:0}
+ .prose td{border:0;padding:2px 12px}
+ .prose td:first-child{font-weight:600;position:static}
+}
+@media print{
+ @page{size:A4 landscape;margin:12mm}
+ body{font-size:10pt}
+ header{background:none;padding-top:0}
+ nav{display:none}
+ main,header>div{max-width:none;padding:0}
+ .wide{overflow:visible;border:0}
+ table{font-size:7pt}
+ th,td{padding:2px 4px}
+ th{min-width:0}
+ tr,figure{break-inside:avoid}
+ h2,h3,.title{break-after:avoid}
+ td:first-child,th:first-child{position:static}
+ .wide:not(.prose){break-inside:avoid}
+ .pictures{display:block}
+ figure{display:inline-block;width:48%;margin:0 1% 6mm 0;vertical-align:top}
+ img{width:auto;max-width:100%;max-height:150mm}
+ .v,th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+}
+"""
+MARKS = {paper.HOLDS: "yes", paper.FAILS: "no", paper.OPEN: "open"}
+
+
+def web_page(first: str, blocks: Sequence[Block]) -> str:
+    """The document as one HTML file that loads nothing: style inline, figures as data."""
+    sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    links = "".join(f'<a href="#{_anchor(s)}">{html.escape(s)}</a>' for s in sections)
+    opening = blocks[0].text if blocks and isinstance(blocks[0], Text) else ""
+    body = "\n".join(map(_html_block, blocks[1:] if opening else blocks))
+    body = re.sub(r"(?:<figure>.*?</figure>\n?)+", lambda m: f'<div class="pictures">\n{m[0].strip()}\n</div>\n', body)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>nash-swarm: {html.escape(first)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f'<header><div>\n<p class="name">nash-swarm report</p>\n<h1>{_unbroken(first)}</h1>\n'
+        f"<p>{html.escape(opening)}</p>\n<nav>{links}</nav>\n</div></header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _unbroken(text: str) -> str:
+    """Numbers stay with their units and brackets whole."""
+    return re.sub(r"\d[\d.]* %(?: \[[^\]]*\])?", lambda m: f'<span class="n">{m[0]}</span>', html.escape(text))
+
+
+def _html_block(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            mark = f' id="{_anchor(text)}"' if level == 2 else ""
+            return f"<h{level}{mark}>{html.escape(text)}</h{level}>"
+        case Text(text):
+            return f"<p>{html.escape(text)}</p>"
+        case Items(items):
+            return f"<ul>{''.join(f'<li>{html.escape(i)}</li>' for i in items)}</ul>"
+        case Picture(_, caption, png):
+            data, words = base64.b64encode(png).decode(), html.escape(caption)
+            image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
+            return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+        case Table():
+            return _html_table(block)
+
+
+def _html_table(table: Table) -> str:
+    sides = [' class="w"' if i < table.left else "" for i in range(len(table.columns))]
+    head = "".join(f'<th scope="col"{s}>{html.escape(c)}</th>' for s, c in zip(sides, table.columns, strict=True))
+    rows = ("".join(f"<td{s}>{_html_cell(c)}</td>" for s, c in zip(sides, r, strict=True)) for r in table.rows)
+    body = "\n".join(f"<tr>{r}</tr>" for r in rows)
+    kind, name = "wide prose" if table.prose else "wide", html.escape(table.caption)
+    return (
+        f'<p class="title">{name}</p>\n<div class="{kind}" role="region" aria-label="{name}" tabindex="0"><table>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _html_cell(cell: str) -> str:
+    mark = MARKS.get(cell)
+    return f'<span class="v {mark}">{html.escape(cell)}</span>' if mark else html.escape(cell)
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# --- LaTeX ---------------------------------------------------------------------------------------------------------
+
+PREAMBLE = r"""\documentclass[a4paper,landscape]{article}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage[margin=12mm]{geometry}
+\usepackage{array}
+\usepackage{booktabs}
+\usepackage{longtable}
+\setlength{\tabcolsep}{4pt}
+\setlength{\parindent}{0pt}
+\begin{document}
+\footnotesize
+"""
+TEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "–": "--",
+    "≤": r"$\leq$",
+}
+
+
+def latex(first: str, blocks: Sequence[Block]) -> str:
+    """The tables as a LaTeX document of their own; each can be lifted out with booktabs, array and longtable."""
+    tables = [_latex_table(b) for b in blocks if isinstance(b, Table)]
+    return "\n".join([PREAMBLE, rf"\section*{{{_tex(first)}}}", *tables, r"\end{document}"]) + "\n"
+
+
+def _latex_table(table: Table) -> str:
+    """A longtable: it breaks over pages and needs no float."""
+    if table.prose:
+        form = (
+            r"*{2}{>{\raggedright\arraybackslash}p{62mm}}"
+            if len(table.columns) == 2
+            else (
+                r">{\raggedright\arraybackslash}p{82mm}"
+                r">{\raggedright\arraybackslash}p{36mm}>{\raggedright\arraybackslash}p{30mm}"
+                r">{\raggedright\arraybackslash}p{108mm}"
+            )
+        )
+    else:
+        form = "l" * table.left + "r" * (len(table.columns) - table.left)
+    heads = [
+        _tex(c) if table.prose else rf"\shortstack[r]{{{_tex(c).replace(', ', ',' + chr(92) * 2)}}}"
+        for c in table.columns
+    ]
+    rows = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
+    return "\n".join(
+        [
+            rf"\begin{{longtable}}{{{form}}}",
+            rf"\caption{{{_tex(table.caption)}}}\\",
+            r"\toprule",
+            " & ".join(heads) + r" \\",
+            r"\midrule",
+            r"\endhead",
+            *rows,
+            r"\bottomrule",
+            r"\end{longtable}",
+        ]
+    )
+
+
+def _tex(text: str) -> str:
+    """Escaped; a minus before a number is a minus. A row must not begin with a bracket, so those are grouped."""
+    escaped = "".join(TEX.get(c, c) for c in text)
+    escaped = re.sub(r"(^|[\s\[])-(?=\d)", r"\1$-$", escaped)
+    return f"{{{escaped}}}" if escaped.startswith("[") else escaped

@@ -1,0 +1,452 @@
+"""The report: the same bytes every time, the metrics' own numbers, and verdicts that follow from them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nashswarm import figures, paper, report
+
+PARAMETERS = 8_000_000
+# method -> true bits over the model, bits over its matrices, rise in loss (nats), bits that the paper would claim
+METHODS: dict[str, tuple[float, float, float, float | None]] = {
+    "fp32": (32.0, 32.0, 0.0, None),
+    "paper-uniform4": (13.3, 4.0, 0.8, 4.0),
+    "paper-nash": (13.4, 4.17, 0.2, 2.99),
+    "uniform4": (4.02, 4.0, 2.0, None),
+    "nash": (4.19, 4.17, 0.13, None),
+    "rtn4-g64": (4.52, 4.5, 0.0088, None),
+    "gptq4-g128": (4.27, 4.25, 0.0076, None),
+    "market-coded-2_0": (1.999, 1.98, 0.05, None),
+    "market-coded-3_0": (2.999, 2.98, 0.0071, None),
+    "market-tiles-3_25": (3.249, 3.23, 0.016, None),
+    "my_own": (5.0, 5.0, -0.0001, None),
+}
+LOSS = 4.0
+
+
+def quality(rise: float, spread: float = 0.0005) -> dict[str, Any]:
+    low, high = (rise - spread, rise + spread) if rise else (0.0, 0.0)
+    return {
+        "loss": LOSS + rise,
+        "perplexity": math.exp(LOSS + rise),
+        "tokens": 59_800,
+        "delta_loss": rise,
+        "delta_loss_ci95": [low, high],
+        "delta_loss_percent": 100 * rise / LOSS,
+        "resolved": low > 0 or high < 0 or rise == 0,
+        "kl_mean": abs(rise) * 1.1,
+        "kl_p99": abs(rise) * 9,
+        "top1_agreement": 1 - abs(rise) / 4,
+    }
+
+
+def paper_row(rise: float, count: int) -> dict[str, Any]:
+    loss = 5.0 + rise
+    return {"loss": loss, "perplexity": math.exp(loss), "delta_loss_percent": 20 * rise, "texts": count}
+
+
+def document(method: str, corpora: Sequence[str]) -> dict[str, Any]:
+    bits, matrix_bits, rise, claimed = METHODS[method]
+    size = round(PARAMETERS * bits / 8)
+    parts = {"codes": size * 9 // 10, "scales": size // 20, "headers": size - size * 9 // 10 - size // 20}
+    found: dict[str, Any] = {
+        "size": {
+            "file_bytes": size,
+            "bits_per_weight": bits,
+            "matrix_bits_per_weight": matrix_bits,
+            "compression": 1 - bits / 32,
+            "parts": parts,
+        },
+        "quality": {c: quality(rise) for c in corpora},
+        "paper": {
+            c: {**paper_row(rise, 20), "by_count": {str(n): paper_row(rise, n) for n in (20, 50)}} for c in corpora
+        },
+        "allocation": {"price": None, "histogram": {"4": PARAMETERS}},
+    }
+    if claimed:
+        claims = {"claimed_mib": claimed, "claimed_bits_per_weight": claimed, "claimed_compression": 1 - claimed / 32}
+        found["size"] |= claims
+    if method.startswith("market"):
+        found["allocation"] = {
+            "price": 3.1e-9,
+            "largest_deviation_gain": 0.0,
+            "duality_gap": 2e-8,
+            "predicted_rise": 1.1 * rise,
+            "asked_bytes": size + 1000,
+            "bought_bytes": size,
+            "histogram": {"2": 1_000_000, "10": 3_000_000},
+        }
+    return found
+
+
+def fake(
+    models: Sequence[str] = ("reference",),
+    methods: Sequence[str] = tuple(METHODS),
+    corpora: Sequence[str] = ("sampled",),
+) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(model, method): document(method, corpora) for model in models for method in methods}
+
+
+def write(
+    target: Path,
+    metrics: Mapping[tuple[str, str], Mapping[str, Any]],
+    corpora: Sequence[str] = ("sampled",),
+) -> dict[str, bytes]:
+    models = list(dict.fromkeys(model for model, _ in metrics))
+    methods = list(dict.fromkeys(method for _, method in metrics))
+    report.write(target, metrics, models, methods, corpora, 40)
+    return {p.name: p.read_bytes() for p in target.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return write(tmp_path_factory.mktemp("report"), fake())
+
+
+def tables(markdown: str) -> dict[str, list[dict[str, str]]]:
+    """Caption -> rows -> column -> cell."""
+    found = {}
+    for caption, body in re.findall(r"^\*\*(.+)\*\*\n\n((?:\|.*\n?)+)", markdown, re.MULTILINE):
+        lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in body.strip().split("\n")]
+        found[caption] = [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
+    return found
+
+
+# --- the files -----------------------------------------------------------------------------------------------------
+
+
+def test_equal_metrics_give_equal_bytes(written: dict[str, bytes], tmp_path: Path) -> None:
+    shuffled = dict(reversed(fake().items()))
+    report.write(tmp_path, shuffled, ["reference"], list(METHODS), ["sampled"], 40)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == written
+
+
+def test_files_are_all_there_and_metrics_are_left_as_they_were(tmp_path: Path) -> None:
+    metrics = fake()
+    before = copy.deepcopy(metrics)
+    names = set(write(tmp_path, metrics))
+    pictures = {"frontier-reference-sampled.png", "kl-reference-sampled.png", "bytes-reference.png"}
+    assert names == {"report.md", "report.html", "tables.tex"} | pictures
+    assert metrics == before
+
+
+def test_pictures_are_png_without_dates_or_versions(written: dict[str, bytes]) -> None:
+    for name in (n for n in written if n.endswith(".png")):
+        data = written[name]
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        kinds, at = [], 8
+        while at < len(data):
+            (length,) = struct.unpack(">I", data[at : at + 4])
+            kinds.append(data[at + 4 : at + 8])
+            at += 12 + length
+        assert not {b"tEXt", b"iTXt", b"zTXt", b"tIME"} & set(kinds)
+
+
+class Loads(HTMLParser):
+    """Every address that a browser would fetch, every tag, and every link's target."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {k: v or "" for k, v in attrs}
+        self.tags.add(tag)
+        self.ids.add(found.get("id", ""))
+        self.loads += [found[k] for k in ("src", "srcset", "poster", "data") if k in found]
+        (self.links if tag == "a" else self.loads).extend([found["href"]] if "href" in found else [])
+
+
+def test_html_loads_nothing(written: dict[str, bytes]) -> None:
+    page = written["report.html"].decode()
+    found = Loads(page)
+    assert len(found.loads) > 3
+    assert all(address.startswith("data:") for address in found.loads)
+    assert not {"script", "iframe", "object"} & found.tags
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    metrics = {
+        (model.replace("reference", "a_b<i>&c"), method): d
+        for (model, method), d in fake(methods=["fp32", "my_own"]).items()
+    }
+    run = report.Run(metrics, ["a_b<i>&c"], ["fp32", "my_own"], ["sampled"])
+    blocks = report._size_section(run)
+    assert r"my\_own" in (tex := report.latex("50 % & more", blocks))
+    assert r"a\_b\textless{}i\textgreater{}\&c" in tex
+    assert r"50 \% \& more" in tex
+    assert not re.search(r"(?<!\\)[_#]|(?<!\\)%", tex)
+    page = report.web_page("x", blocks)
+    assert "a_b&lt;i&gt;&amp;c" in page
+    assert "<i>" not in page
+    assert r"a_b\<i\>&c" in report.markdown("x", blocks)
+
+
+def test_latex_is_whole(written: dict[str, bytes]) -> None:
+    tex = written["tables.tex"].decode()
+    opened, closed = (re.findall(rf"\\{word}{{(\w+)}}", tex) for word in ("begin", "end"))
+    assert sorted(opened) == sorted(closed)
+    assert tex.startswith(r"\documentclass")
+    assert tex.rstrip().endswith(r"\end{document}")
+    for body in re.findall(r"\\begin{longtable}{([lr]+)}(.*?)\\end{longtable}", tex, re.DOTALL):
+        rows = re.findall(r"^(.*) \\\\$", body[1], re.MULTILINE)
+        assert rows
+        assert all(len(re.findall(r"(?<!\\)&", row)) == len(body[0]) - 1 for row in rows)
+    assert tex.isascii()
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_markdown_holds_the_numbers_of_the_metrics(written: dict[str, bytes]) -> None:
+    found = tables(written["report.md"].decode())
+    sizes = {row["Method"]: row for row in found["Size: reference"]}
+    qualities = {row["Method"]: row for row in found["Quality: reference on sampled"]}
+    assert list(sizes) == list(qualities) == list(METHODS)
+    for method, (bits, matrix_bits, rise, claimed) in METHODS.items():
+        size = sizes[method]
+        assert float(size["File MiB"]) == pytest.approx(PARAMETERS * bits / 8 / 2**20, abs=5e-4)
+        assert float(size["Bits per weight"]) == pytest.approx(bits, abs=5e-4)
+        assert float(size["Matrix bits"]) == pytest.approx(matrix_bits, abs=5e-4)
+        assert size["Claimed bits"] == ("–" if claimed is None else f"{claimed:.3f}")
+        row, metrics = qualities[method], quality(rise)
+        assert float(row["Loss"]) == pytest.approx(metrics["loss"], abs=5e-5)
+        assert float(row["Rise, nats"]) == pytest.approx(rise, abs=5e-6)
+        assert float(row["Rise %"]) == pytest.approx(metrics["delta_loss_percent"], abs=5e-3)
+        assert [float(v) for v in row["95 % interval"].strip("[]").split(", ")] == pytest.approx(
+            metrics["delta_loss_ci95"], abs=5e-6
+        )
+        assert float(row["KL mean"]) == pytest.approx(metrics["kl_mean"], abs=5e-6)
+        assert float(row["Same top token %"]) == pytest.approx(100 * metrics["top1_agreement"], abs=5e-3)
+    assert qualities["fp32"]["Resolved?"] == "the same"
+    assert qualities["my_own"]["Resolved?"] == "not resolved"
+    assert qualities["nash"]["Resolved?"] == "resolved"
+
+
+def test_parts_sum_to_the_true_bits(written: dict[str, bytes]) -> None:
+    rows = tables(written["report.md"].decode())["Bits per weight by part of the file: reference"]
+    assert "fp32" not in {row["Method"] for row in rows}
+    for row in rows:
+        total = sum(float(row[part]) for part in ("codes", "scales", "headers"))
+        assert total == pytest.approx(METHODS[row["Method"]][0], abs=1e-3)
+
+
+def test_paper_stands_beside_ours_with_the_difference(tmp_path: Path) -> None:
+    metrics = fake(["gpt2", "reference"], ["fp32", "paper-uniform4", "paper-nash", "nash"], ["wikitext2"])
+    found = tables(write(tmp_path, metrics, ["wikitext2"])["report.md"].decode())
+    rows = {(r["N"], r["Method"]): r for r in found["Paper's protocol: gpt2 on wikitext2"]}
+    assert {method for _, method in rows} == {"fp32", "paper-uniform4", "paper-nash"}
+    row = rows["20", "paper-nash"]
+    assert (row["Loss, paper"], row["Loss, ours"], row["Difference"]) == ("5.3661", "5.2000", "-0.1661")
+    assert (row["Change %, paper"], row["Change %, ours"], row["Difference, points"]) == ("+0.77", "+4.00", "+3.23")
+    assert (row["MiB claimed, paper"], row["MiB claimed, ours"], row["Smaller %, paper"]) == ("13.76", "2.99", "90.7")
+    assert rows["50", "paper-uniform4"]["Loss, paper"] == "–"
+    assert rows["50", "paper-uniform4"]["Change %, paper"] == "+23.56"
+    own = found["Paper's protocol: reference on wikitext2"]
+    assert {row[c] for row in own for c in row if c.endswith("paper") or c.startswith("Difference")} == {"–"}
+
+
+@pytest.mark.parametrize(("model", "uniform", "bits"), [("gpt2-xl", 38.34, 2.995), ("gpt2", 18.40, 2.991)])
+def test_published_numbers_agree_with_each_other(model: str, uniform: float, bits: float) -> None:
+    rows = paper.PUBLISHED[model, 20]
+    assert rows[paper.UNIFORM].mib == uniform
+    assert rows[paper.NASH].compression == pytest.approx(1 - bits / 32, abs=1e-4)
+    for row in rows.values():
+        assert row.loss is not None
+        assert math.exp(row.loss) == pytest.approx(row.perplexity, rel=2e-3)
+        assert 100 * (row.loss / rows[paper.FP32].loss - 1) == pytest.approx(row.delta_percent, abs=0.02)
+
+
+def test_market_shows_its_certificate(written: dict[str, bytes]) -> None:
+    found = tables(written["report.md"].decode())
+    rows = {r["Method"]: r for r in found["Certificates of equilibrium: reference"]}
+    assert set(rows) == {m for m in METHODS if m.startswith("market")}
+    bought = round(PARAMETERS * 2.999 / 8)
+    assert rows["market-coded-3_0"]["Bytes bought"] == f"{bought:,}"
+    assert rows["market-coded-3_0"]["Unspent %"] == f"{100_000 / (bought + 1000):.3f}"
+    row = found["Prediction and measurement, nats per token: reference on sampled"][1]
+    assert row["Bits: share of weights"] == "2: 25.0 %, 10: 75.0 %"
+    assert row["Rise predicted"] == "+0.00781"
+    peers = {r["Method"]: r for r in found["The smallest market file that is as good: reference on sampled"]}
+    assert peers["gptq4-g128"]["Market at no more loss"] == "market-coded-3_0"
+    assert peers["nash"]["Market at no more loss"] == "market-coded-2_0"
+    assert peers["gptq4-g128"]["Bits saved"] == "+1.271"
+    assert peers["my_own"]["Market at no more loss"] == "none of this run"
+
+
+# --- the headline --------------------------------------------------------------------------------------------------
+
+
+def test_first_line_is_the_market_at_three_bits(written: dict[str, bytes]) -> None:
+    first = written["report.md"].decode().split("\n")[0]
+    assert first == (
+        "# Over all weights at 3.00 true bits per weight (90.6 % smaller than fp32), "
+        "the loss rises by 0.18 % [+0.17, +0.19] on sampled"
+    )
+
+
+def test_first_line_without_a_market_is_the_papers_true_cost(tmp_path: Path) -> None:
+    first, more = report.headline(
+        report.Run(fake(methods=["fp32", "paper-nash"]), ["reference"], ["paper-nash"], ["sampled"])
+    )
+    assert first.startswith("The paper's mix claims 2.99 bits per weight and really takes 13.40 over the whole model")
+    assert "the loss rises by 5.00 % [+4.99, +5.01] on sampled" in first
+    assert "4.17 bits per weight" in more
+
+
+def test_a_market_above_three_bits_is_no_headline() -> None:
+    metrics = fake(methods=["market-coded-3_0"])
+    metrics["reference", "market-coded-3_0"]["size"]["bits_per_weight"] = 3.006
+    assert paper.at_three_bits({"market-coded-3_0": metrics["reference", "market-coded-3_0"]}) is None
+
+
+def test_a_falling_loss_falls() -> None:
+    metrics = fake(methods=["market-coded-3_0"])
+    metrics["reference", "market-coded-3_0"]["quality"]["sampled"] = quality(-0.004)
+    first, _ = report.headline(report.Run(metrics, ["reference"], ["market-coded-3_0"], ["sampled"]))
+    assert "the loss falls by 0.10 % [-0.11, -0.088]" in first
+
+
+# --- the verdicts --------------------------------------------------------------------------------------------------
+
+
+def judged(metrics: Mapping[tuple[str, str], Mapping[str, Any]], words: str) -> list[str]:
+    found = [v.verdict for v in paper.verdicts(metrics, ["sampled"]) if words in v.claim]
+    assert found, words
+    return found
+
+
+@pytest.mark.parametrize(("bits", "verdict"), [(2.99, paper.HOLDS), (3.0, paper.HOLDS), (3.01, paper.FAILS)])
+def test_three_bits_are_judged_by_the_file(bits: float, verdict: str) -> None:
+    metrics = fake(methods=["nash"])
+    metrics["reference", "nash"]["size"]["bits_per_weight"] = bits
+    assert judged(metrics, "3.0 bits per weight, 90.6") == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("rise", "spread", "verdict"),
+    [(0.02, 0.001, paper.HOLDS), (0.08, 0.001, paper.FAILS), (0.04, 0.01, paper.OPEN), (-0.01, 0.001, paper.HOLDS)],
+)
+def test_nearness_over_all_weights_needs_the_whole_interval(rise: float, spread: float, verdict: str) -> None:
+    metrics = fake(methods=["nash"])
+    metrics["reference", "nash"]["quality"]["sampled"] = quality(rise, spread)
+    assert judged(metrics, "if all weights take part") == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("mix_bits", "mix_rise", "spread", "verdict"),
+    [
+        (3.9, 0.1, 0.01, paper.HOLDS),
+        (4.19, 0.1, 0.01, paper.FAILS),  # better, but larger
+        (3.9, 3.0, 0.01, paper.FAILS),  # smaller, but worse
+        (3.9, 1.9, 0.5, paper.OPEN),  # smaller, intervals overlap
+    ],
+)
+def test_better_than_uniform_means_smaller_too(mix_bits: float, mix_rise: float, spread: float, verdict: str) -> None:
+    metrics = fake(methods=["uniform4", "nash"])
+    metrics["reference", "nash"]["size"]["bits_per_weight"] = mix_bits
+    metrics["reference", "nash"]["quality"]["sampled"] = quality(mix_rise, spread)
+    assert judged(metrics, "in true bytes over all weights") == [verdict]
+
+
+def test_better_than_uniform_by_the_papers_accounting() -> None:
+    metrics = fake(methods=["paper-uniform4", "paper-nash"])
+    assert judged(metrics, "protocol and accounting") == [paper.HOLDS]
+    metrics["reference", "paper-nash"]["paper"]["sampled"]["by_count"]["20"]["delta_loss_percent"] = 99.0
+    assert judged(metrics, "protocol and accounting") == [paper.FAILS]
+
+
+@pytest.mark.parametrize(("rise", "verdict"), [(-0.03, paper.HOLDS), (0.03, paper.FAILS), (-0.0003, paper.OPEN)])
+def test_regularization_must_be_resolved(rise: float, verdict: str) -> None:
+    metrics = fake(methods=["paper-uniform4"])
+    metrics["reference", "paper-uniform4"]["quality"]["sampled"] = quality(rise)
+    assert judged(metrics, "regularization") == [verdict]
+
+
+@pytest.mark.parametrize(("rise", "verdict"), [(0.005, paper.HOLDS), (0.0072, paper.OPEN), (0.01, paper.FAILS)])
+def test_the_headline_made_true(rise: float, verdict: str) -> None:
+    metrics = fake(methods=["market-coded-3_0"])
+    metrics["reference", "market-coded-3_0"]["quality"]["sampled"] = quality(rise)
+    assert judged(metrics, "This project's market") == [verdict]
+
+
+def test_what_was_not_run_is_not_judged() -> None:
+    found = paper.verdicts(fake(methods=["rtn4-g64"]), ["sampled"])
+    assert {v.verdict for v in found} == {paper.OPEN}
+    assert {v.model for v in found} == {"reference", "gpt2-xl", "gpt2", "all"}
+    assert judged(fake(), "0.93 times") == [paper.OPEN]
+    assert not [v for v in paper.verdicts(fake(["gpt2", "gpt2-xl"]), ["sampled"]) if "not among" in v.why]
+
+
+# --- what may be missing or many -----------------------------------------------------------------------------------
+
+
+def test_fp32_may_be_missing(tmp_path: Path) -> None:
+    found = write(tmp_path, fake(methods=[m for m in METHODS if m != "fp32"]))
+    rows = tables(found["report.md"].decode())["Size: reference"]
+    assert [row["Method"] for row in rows] == [m for m in METHODS if m != "fp32"]
+
+
+@pytest.mark.parametrize("methods", [["fp32"], ["my_own"], ["fp32", "rtn4-g64"]])
+def test_few_methods_make_a_report(methods: list[str], tmp_path: Path) -> None:
+    assert b"How to read it" in write(tmp_path, fake(methods=methods))["report.md"]
+
+
+def test_two_corpora_and_two_models(tmp_path: Path) -> None:
+    corpora = ["sampled", "wikitext2"]
+    found = write(tmp_path, fake(["reference", "gpt2"], ["fp32", "paper-nash", "market-coded-3_0"], corpora), corpora)
+    captions = tables(found["report.md"].decode())
+    for model in ("reference", "gpt2"):
+        assert f"bytes-{model}.png" in found
+        for corpus in corpora:
+            assert f"Quality: {model} on {corpus}" in captions
+            assert f"frontier-{model}-{corpus}.png" in found
+
+
+def test_console_table() -> None:
+    text = report.console_table(fake(corpora=["a", "b"]), ["reference"], list(METHODS), ["a", "b"])
+    assert text.startswith("Over all weights at 3.00 true bits")
+    assert "reference on a" in text
+    assert "reference on b" in text
+    line = next(x for x in text.split("\n") if x.startswith("market-coded-3_0"))
+    assert re.sub(r" +", " ", line) == "market-coded-3_0 2.999 2.860 +0.18 % [+0.17, +0.19] resolved 0.00781"
+    assert text.isascii()
+    assert max(map(len, text.split("\n"))) <= 120
+
+
+@pytest.mark.parametrize(
+    ("method", "prefix"),
+    [
+        ("paper-nash", "paper-"),
+        ("nash", "uniform"),
+        ("rtn2-g64", "rtn"),
+        ("gptq4-g128", "gptq"),
+        ("market-coded-3_0", "market-coded"),
+        ("market-tiles-2_5", "market-tiles"),
+        ("market-else", ""),
+        ("my_own", ""),
+    ],
+)
+def test_families(method: str, prefix: str) -> None:
+    assert figures.family(method) == prefix
+
+
+@pytest.mark.parametrize("rises", [[], [0.0], [-0.1, -0.2], [1e-9, 10.0]])
+def test_figures_of_odd_values(rises: list[float]) -> None:
+    points = [figures.Point(f"m{i}", 2.0 + i, v, (v - 0.1, v + 0.1)) for i, v in enumerate(rises)]
+    assert figures.frontier(points, "rise", 40).startswith(b"\x89PNG")

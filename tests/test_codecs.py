@@ -157,9 +157,10 @@ def half_a_step_of_the_group(job: Job, packed: PackedTensor, found: Tensor) -> N
 
 
 def damage(job: Job, error: Tensor) -> float:
-    """1/2 sum_r fisher_r (E H E^T)_rr, float64."""
+    """1/2 tr(outputs E inputs E^T), float64; rows weigh by themselves where only the diagonal of outputs is known."""
     found = feedback.curvature(job.statistics, job.tensor.name)  # type: ignore[arg-type]
-    return 0.5 * float((error.double() @ found.moment * error.double()).sum(1) @ found.rows)
+    outputs = found.rows.diag() if found.outputs is None else found.outputs
+    return 0.5 * float((outputs @ error.double() @ found.inputs * error.double()).sum())
 
 
 def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None:
@@ -169,11 +170,10 @@ def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None
 
 def half_a_step_after_feedback(job: Job, packed: PackedTensor, found: Tensor) -> None:
     """The module's claim: damage is 1/2 sum rows_r (e_rc / U_cc)^2, each |e_rc| at most half of its step."""
-    curvature = feedback.curvature(job.statistics, job.tensor.name)  # type: ignore[arg-type]
-    factor = feedback.factor(curvature.moment, NAME)
-    steps = coded._steps(curvature, factor, job.tensor, coded.Settings())
+    model = coded._loss_model(job, coded.Settings())
+    steps = model.steps
     step = steps.of_rows()[:, None].double() * steps.of_columns(job.choice.step or 0.0).double()
-    most = 0.5 * float((step / 2 / factor.step.double()).square().sum(1) @ curvature.rows)
+    most = 0.5 * float((step / 2 / model.columns.step.double()).square().sum(1) @ model.rows)
     # Codes beyond 2^24 are not exact in float32: the rounding of the weights themselves comes on top.
     rounding = damage(job, job.weight) * (32 * FLOAT32) ** 2 * job.weight.numel()
     assert damage(job, job.weight - found) <= most * (1 + 1e-3) + rounding

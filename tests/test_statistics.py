@@ -136,7 +136,8 @@ def test_opts_positions_are_counted_in_their_own_rows(checkpoint: Checkpoints, s
 
 def test_a_tied_table_has_both_uses(checkpoint: Checkpoints, split: Splits) -> None:
     found = run(checkpoint("gpt2"), split("gpt2").ids)["transformer.wte.weight"]
-    assert all(getattr(found, f.name) is not None for f in dataclasses.fields(found))
+    missing = {f.name for f in dataclasses.fields(found) if getattr(found, f.name) is None}
+    assert missing == {"gradient_moment"}  # a vocabulary squared is too large
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -133,9 +133,9 @@ def spread_rounding(found: Factor) -> Callable[[np.ndarray, np.ndarray], np.ndar
     """Rounding of one column whose rows interact, too: (values, steps) -> codes, all float32 [out].
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
-    rounding error of an element after those before it, in its column and in columns before, have handed theirs on (YAQA,
-    Tseng et al. 2025, arXiv:2505.22988). Towards later columns a column acts by its values minus its rounded values, as
-    it does without interaction of rows; so this slots into `round_with_feedback`.
+    rounding error of an element after those before it, in its column and in columns before, have handed theirs on
+    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Towards later columns a column acts by its values minus its rounded
+    values, as it does without interaction of rows; so this slots into `round_with_feedback`.
     """
     order = found.order.numpy()
     spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 import struct
@@ -135,7 +136,7 @@ def test_files_are_all_there_and_metrics_are_left_as_they_were(tmp_path: Path) -
     before = copy.deepcopy(metrics)
     names = set(write(tmp_path, metrics))
     pictures = {"frontier-reference-sampled.png", "kl-reference-sampled.png", "bytes-reference.png"}
-    assert names == {"report.md", "report.html", "tables.tex"} | pictures
+    assert names == {"report.md", "report.html", "tables.tex", "results.csv"} | pictures
     assert metrics == before
 
 
@@ -450,3 +451,14 @@ def test_families(method: str, prefix: str) -> None:
 def test_figures_of_odd_values(rises: list[float]) -> None:
     points = [figures.Point(f"m{i}", 2.0 + i, v, (v - 0.1, v + 0.1)) for i, v in enumerate(rises)]
     assert figures.frontier(points, "rise", 40).startswith(b"\x89PNG")
+
+
+def test_the_flat_table_holds_the_metrics(written: dict[str, bytes]) -> None:
+    import pandas as pd
+
+    frame = pd.read_csv(io.BytesIO(written["results.csv"])).set_index("method")
+    assert set(frame.index) == set(METHODS)
+    for method, (bits, _, rise, _) in METHODS.items():
+        assert frame.loc[method, "size.bits_per_weight"] == pytest.approx(bits, rel=1e-4)
+        column = next(c for c in frame.columns if c.startswith("quality.") and c.endswith(".delta_loss"))
+        assert frame.loc[method, column] == pytest.approx(rise)

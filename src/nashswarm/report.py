@@ -85,7 +85,7 @@ Block = Heading | Text | Items | Table | Picture
 def write(
     directory: Path, metrics: Metrics, models: Sequence[str], methods: Sequence[str], corpora: Sequence[str], dpi: int
 ) -> None:
-    """Write report.md, report.html, tables.tex and the figures into `directory`.
+    """Write report.md, report.html, tables.tex, results.csv and the figures into `directory`.
 
     Arguments: `metrics`, of (model, method); `dpi`, of the figures.
     """
@@ -97,6 +97,18 @@ def write(
         write_bytes(directory / picture.name, picture.png)
     for name, render in (("report.md", markdown), ("report.html", web_page), ("tables.tex", latex)):
         write_bytes(directory / name, render(first, blocks).encode())
+    write_bytes(directory / "results.csv", flat_table(run).encode())
+
+
+def flat_table(run: Run) -> str:
+    """All figures as CSV, for other people's plots: one line per model and method, columns named as in the metrics."""
+    import pandas as pd
+
+    pairs = [(model, method) for model in run.models for method in run.of(model)]
+    frame = pd.json_normalize([dict(run.of(model)[method]) for model, method in pairs])
+    frame.insert(0, "method", [method for _, method in pairs])
+    frame.insert(0, "model", [model for model, _ in pairs])
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def console_table(metrics: Metrics, models: Sequence[str], methods: Sequence[str], corpora: Sequence[str]) -> str:

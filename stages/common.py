@@ -23,7 +23,8 @@ LAYOUT = Layout()
 
 def run(stage: Callable[..., None]) -> None:
     """Call a stage with the command line's words; errors of ours end it with one line and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nashswarm").setLevel(logging.INFO)  # the HTTP client has a line for each request, too
     if sys.platform == "linux":  # 1 is PR_SET_PDEATHSIG: a killed `dvc repro` leaves no stage that writes on
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     started = time.perf_counter()
@@ -48,13 +49,12 @@ def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    return track(items, description=title, console=console, disable=not console.is_terminal)
+    return track(items, title, console=console, disable=not console.is_terminal)
 
 
 def _note_time(seconds: float) -> None:
     """Times, host and versions lie beside the results, not in them: results are the same from run to run."""
-    name = "-".join([Path(sys.argv[0]).stem, *sys.argv[1:]])
     facts: dict[str, object] = {"seconds": round(seconds, 2), "cores": os.cpu_count(), "nashswarm": __version__}
     facts |= {"host": platform.platform(), "python": platform.python_version()}
     facts |= {m: sys.modules[m].__version__ for m in ("torch", "transformers", "numpy") if m in sys.modules}
-    write_json(LAYOUT.times(name), facts)
+    write_json(LAYOUT.times("-".join([Path(sys.argv[0]).stem, *sys.argv[1:]])), facts)

@@ -220,6 +220,8 @@ def _writes(call: ast.Call, path: Path) -> bool:
             for target in node.targets
         }
         return not call.args or ast.unparse(call.args[0]) not in buffers
+    if name == "to_csv":  # without a path it gives the text
+        return bool(call.args) or any(k.arg == "path_or_buf" for k in call.keywords)
     if name in ("replace", "rename"):  # of paths: one argument; str.replace has two, dataclasses.replace keywords
         return owner == "os" or (len(call.args) == 1 and not call.keywords and owner != "dataclasses")
     if name in ("copy", "move"):
@@ -230,7 +232,7 @@ def _writes(call: ast.Call, path: Path) -> bool:
         return isinstance(function, ast.Attribute) and owner != "artifacts"
     return name in {
         "mkdir", "makedirs", "unlink", "rmdir", "remove_file", "touch", "symlink_to", "hardlink_to", "rmtree",
-        "copyfile", "copytree", "copy2", "save_file", "save_pretrained", "tofile", "savetxt", "to_csv", "to_parquet",
+        "copyfile", "copytree", "copy2", "save_file", "save_pretrained", "tofile", "savetxt", "to_parquet",
         "open_memmap",
     }  # fmt: skip
 

@@ -31,7 +31,10 @@ COUNT = 12  # leaves of FIGURES
 
 
 def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    quiet = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    # Run from `make test`, this must not inherit that make's flags, nor the VENV it was told.
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "VENV")
+    kept = {k: v for k, v in os.environ.items() if k not in outer}
+    quiet = {**kept, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     return subprocess.run(words, cwd=root, env=quiet, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -172,7 +175,7 @@ def targets() -> set[str]:
 
 @pytest.mark.parametrize("words", [("help",), ()], ids=["help", "no target"])
 def test_make_lists_its_targets(words: tuple[str, ...]) -> None:
-    done = run(PROJECT, "make", *words)
+    done = run(PROJECT, "make", "--no-print-directory", *words)
     assert done.returncode == 0, done.stderr
     rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert {name for name, _ in rows} == targets()
@@ -185,7 +188,7 @@ def test_make_knows_the_two_commands_of_the_readme() -> None:
 
 @pytest.mark.parametrize("target", ["reproduce", "test", "paper", "compare", "lint", "test-scale"])
 def test_make_prepares_the_environment_first(target: str, tmp_path: Path) -> None:
-    done = run(PROJECT, "make", "--dry-run", target, f"VENV={tmp_path / 'venv'}")
+    done = run(PROJECT, "make", "--no-print-directory", "--dry-run", target, f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 0, done.stderr
     assert "-m venv" in done.stdout.splitlines()[0]
     assert "constraints.txt" in done.stdout

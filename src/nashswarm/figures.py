@@ -45,6 +45,7 @@ class Point:
     bits: float
     value: float
     interval: tuple[float, float] | None = None
+    claimed: float | None = None  # bits by the paper's accounting
 
 
 def family(method: str) -> str:
@@ -67,8 +68,9 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
     axes.set_xscale("log", base=2)
     for prefix in (p for p in FAMILIES if any(family(x.method) == p for x in points)):
         _draw_family(axes, [x for x in points if family(x.method) == prefix], prefix, floor)
+    _draw_claims(axes, [p for p in points if p.claimed and p.value > 0])
     axes.set_ylim(floor, ceiling)
-    _dress(axes, [p.bits for p in points], label)
+    _dress(axes, [b for p in points for b in (p.bits, p.claimed) if b], label)
     if points:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     canvas.draw()
@@ -158,8 +160,17 @@ def _draw_family(axes: Any, points: Sequence[Point], prefix: str, floor: float) 
             axes.vlines(point.bits, low, high, color=colour, linewidth=1.1, alpha=0.75, zorder=2)
 
 
+def _draw_claims(axes: Any, points: Sequence[Point]) -> None:
+    """What the paper's accounting would have, and how far the file is from it."""
+    for point in points:
+        colour, marker = FAMILIES[family(point.method)][1:]
+        ends = [point.claimed, point.bits]
+        axes.plot(ends, [point.value] * 2, ":", color=colour, linewidth=1.0, alpha=0.55, zorder=1)
+        axes.plot(ends[:1], [point.value], marker, color=colour, markersize=6, markerfacecolor="white", zorder=2)
+
+
 def _dress(axes: Any, bits: Sequence[float], label: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     least, most = min(bits, default=1.0) / 1.3, max(bits, default=8.0) * 1.25
     axes.set_xlim(least, most)
@@ -169,6 +180,9 @@ def _dress(axes: Any, bits: Sequence[float], label: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    lower, upper = axes.get_ylim()
+    if upper / lower < 500:  # few powers of ten lie within: name 2 and 5 times them, too
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10f}".rstrip("0").rstrip(".")))
     axes.set_xlabel("true bits per weight, whole model, every byte counted", color=INK)
     axes.set_ylabel(label, color=INK)
@@ -190,6 +204,7 @@ def _label(axes: Any, canvas: Any, points: Sequence[Point], floor: float) -> Non
     places = {p.method: (p.bits, p.value if p.value > 0 else floor * 1.12) for p in points}
     pixels = {m: axes.transData.transform(place) for m, place in places.items()}
     lines = _along_lines(points, pixels)
+    lines += [axes.transData.transform((p.claimed, p.value)) for p in points if p.claimed and p.value > 0]
     taken: list[Any] = []
     frame = axes.get_window_extent(canvas.get_renderer())
     for point in sorted(points, key=lambda p: (p.bits, p.method)):

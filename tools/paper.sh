@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's models on WikiText-2, both protocols, all sample counts. Needs a network that reaches the hub, about 30 GB
-# of disk and, for GPT-2 XL, 16 GB of memory. Set MODELS or METHODS to run a part.
+# The paper's models on WikiText-2, both protocols, all sample counts. Needs a network that reaches the hub; disk and
+# memory were never measured: allow 30 GB, and 16 GB for GPT-2 XL. Set MODELS or METHODS to run a part.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=${MODELS:-gpt2,gpt2-medium,gpt2-large,gpt2-xl,opt-1_3b}

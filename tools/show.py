@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from nashswarm import artifacts, report
 from nashswarm.config import load_params
+from nashswarm.types import NashSwarmError
 
 
 def main() -> None:
@@ -22,4 +23,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NashSwarmError as error:
+        sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nashswarm import figures, paper, report
+from nashswarm import figures, paper, rendering, report
 
 PARAMETERS = 8_000_000
 # method -> true bits over the model, bits over its matrices, rise in loss (nats), bits that the paper would claim
@@ -200,14 +200,14 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     }
     run = report.Run(metrics, ["a_b<i>&c"], ["fp32", "my_own"], ["sampled"])
     blocks = report._size_section(run)
-    assert r"my\_own" in (tex := report.latex("50 % & more", blocks))
+    assert r"my\_own" in (tex := rendering.latex("50 % & more", blocks))
     assert r"a\_b\textless{}i\textgreater{}\&c" in tex
     assert r"50 \% \& more" in tex
     assert not re.search(r"(?<!\\)[_#]|(?<!\\)%", tex.split("\n", 1)[1])  # after the comment on the first line
-    page = report.web_page("x", blocks)
+    page = rendering.web_page("x", blocks)
     assert "a_b&lt;i&gt;&amp;c" in page
     assert "<i>" not in page
-    assert r"a_b\<i\>&c" in report.markdown("x", blocks)
+    assert r"a_b\<i\>&c" in rendering.markdown("x", blocks)
 
 
 def test_latex_is_whole(written: dict[str, bytes]) -> None:

@@ -1,9 +1,10 @@
-"""Both protocols by hand, losses and divergences against float64, and intervals that hold what they promise."""
+"""Both protocols by hand, losses and divergences against float64, and the figures made of them."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,7 @@ from nashswarm import evaluation
 from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.corpora import TokenizedSplit
 from nashswarm.evaluation import (
-    Interval,
     Losses,
-    bootstrap,
     hidden_states,
     measure,
     original_head,
@@ -32,9 +31,9 @@ from nashswarm.evaluation import (
     paper_losses,
     paper_texts,
     quality_figures,
-    rounded,
     windows,
 )
+from nashswarm.intervals import Blocks, bootstrap, draw
 from nashswarm.loading import load_for_evaluation
 from nashswarm.models import load_original
 from nashswarm.types import InputError
@@ -327,76 +326,26 @@ def test_quality_figures_by_hand() -> None:
     assert figures["top1_agreement"] == 0.75
 
 
-def test_the_interval_contains_the_truth_95_times_in_100() -> None:
-    """200 runs of 400 windows whose differences hang together within texts of 5 windows; blocks of 10.
-
-    A percentile interval of 40 blocks holds about 94 %; 200 runs spread by 1.7 % around it, so 0.89 to 0.99 are three
-    standard deviations. Blocks of one window, which take windows for independent, hold far less: the test can fail.
-    """
-    rng, truth = np.random.default_rng(0), 0.02
-    held = {1: 0, 10: 0}
-    for run in range(200):
-        targets = rng.integers(20, 60, 400)
-        text = np.repeat(rng.normal(size=80), 5)
-        differences = targets * (truth + 0.3 * text + 0.1 * rng.normal(size=400))
-        for block in held:
-            interval = bootstrap(differences, targets, block, 400, seed=run)
-            held[block] += interval.low <= truth <= interval.high
-    assert 0.89 <= held[10] / 200 <= 0.99
-    assert held[1] / 200 < 0.75
-
-
-def test_the_interval_is_of_the_ratio_of_sums() -> None:
-    """All windows rise by 0.5 a token, whatever their length: there is nothing to resample."""
-    targets = np.array([10, 20, 30, 40, 1, 7])
-    interval = bootstrap(0.5 * targets, targets, 2, 2000, seed=0)
-    assert interval == Interval(0.5, pytest.approx(0.5), pytest.approx(0.5))  # type: ignore[arg-type]
-
-
-def test_long_windows_weigh_more_than_short_ones() -> None:
-    """Half of the windows rise by 1 on one target, half by 0 on nine: 0.1 a token, not the windows' mean of 0.5."""
-    interval = bootstrap(np.tile([1.0, 0], 100), np.tile([1, 9], 100), 1, 2000, seed=0)
-    assert interval.difference == 0.1
-    assert 0.07 < interval.low < 0.1 < interval.high < 0.14  # 100 +- 7 short windows in a draw of 200
-
-
-def test_the_interval_is_drawn_by_its_seed() -> None:
+def test_the_interval_is_drawn_by_the_settings() -> None:
     rng = np.random.default_rng(0)
     targets, differences = np.full(50, 31), rng.normal(size=50)
-    one, same, other = (bootstrap(differences, targets, 8, 2000, seed) for seed in (0, 0, 1))
-    assert one == same != other
-    assert one.low < one.difference < one.high
     settings = dataclasses.replace(SETTINGS, block=8, resamples=2000, seed=0)
-    assert paired_interval(losses_of(list(differences), [0.0] * 50, [31] * 50), settings) == one
+    losses = losses_of(list(differences), [0.0] * 50, [31] * 50)
+    assert paired_interval(losses, settings) == bootstrap(differences, targets, 8, 2000, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "resolved"),
-    [
-        (0.1, 0.2, True),
-        (-0.2, -0.1, True),
-        (-0.1, 0.1, False),
-        (0.0, 0.1, False),
-        (0, 0, True),
-        (0.1, 0.1, False),
-        (-0.1, -0.1, False),
-    ],
-)
-def test_resolved_is_an_interval_without_zero_or_no_difference_at_all(low: float, high: float, resolved: bool) -> None:
-    assert Interval((low + high) / 2, low, high).resolved == resolved
-
-
-def test_one_block_resolves_nothing() -> None:
-    """Resampling one block gives the same block: an interval of no width is no evidence."""
-    interval = bootstrap(np.array([0.3, -0.2, 0.4]), np.array([31, 31, 31]), 8, 2000, seed=0)
-    assert not interval.resolved
-
-
-def test_rounding_keeps_six_significant_digits() -> None:
-    assert [rounded(x) for x in (5941.8231, 0.00123456789, 0.0, np.float32(0.1), -12345678)] == [
-        5941.82,
-        0.00123457,
-        0.0,
-        0.1,
-        -12345700.0,
-    ]
+def test_window_blocks_give_the_interval_between_any_two() -> None:
+    """As good as windows: six digits of each block's sum are kept, so bounds agree to about as many."""
+    rng = np.random.default_rng(0)
+    targets, original = rng.integers(20, 60, 100), rng.normal(90, 9, 100)
+    models = [original + targets * rng.normal(rise, 0.1, 100) for rise in (0.05, 0.08)]
+    settings = dataclasses.replace(SETTINGS, block=8)
+    ours, theirs = (
+        quality_figures(losses_of(list(m), list(original), list(targets)), settings)["window_blocks"] for m in models
+    )
+    assert ours["targets"] == theirs["targets"] == np.add.reduceat(targets, np.arange(0, 100, 8)).tolist()
+    rises = np.array(ours["rises"]) - np.array(theirs["rises"])
+    found = draw(Blocks(rises, np.array(ours["targets"])), settings.resamples, settings.seed)
+    expected = bootstrap(models[0] - models[1], targets, 8, settings.resamples, settings.seed)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(expected), rel=1e-4)
+    json.dumps([ours, theirs])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from conftest import CONTEXT, FAMILIES, Models, Packed, no_progress
@@ -13,7 +15,7 @@ from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.corpora import TokenizedSplit
 from nashswarm.loading import load_for_evaluation
 from nashswarm.models import load_original
-from nashswarm.packed import MANIFEST, PAYLOAD
+from nashswarm.packed import MANIFEST, PAYLOAD, PackedError, PackedModel
 
 pytestmark = pytest.mark.usefixtures("isolated_modes")
 PackedModels = Callable[[str, str], Packed]
@@ -62,6 +64,48 @@ def test_the_baseline_has_32_bits(packed: PackedModels, quantizable: Models) -> 
     assert figures["claimed_mib"] == pytest.approx(4 * index.parameters / 2**20, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["rtn4-g64", "paper-nash", "market-coded-3_0"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_matrix_has_its_true_bits(family: str, method: str, packed: PackedModels, quantizable: Models) -> None:
+    made, index = packed(family, method), quantizable(family).index
+    rows = metrics.tensor_rows(made.opened, index)
+    assert [row[:4] for row in rows] == [[t.name, t.part, t.layer, t.weights] for t in index.tensors]
+    for name, _, _, weights, bits in rows:
+        stored = sum(array.nbytes for array in made.opened.tensors[name].arrays.values())
+        assert bits == pytest.approx(8 * stored / weights, rel=1e-5)
+    outside = {t.name for t in index.tensors} - {t.name for t in index.scope(made.method.scope)}
+    assert {row[4] for row in rows if row[0] in outside} <= {32.0}  # kept as in the checkpoint
+    parts, shared = made.opened.size.parts, next(iter(made.opened.tensors.values())).shared.values()
+    others = parts["headers"] + parts.get("vectors", 0) + sum(array.nbytes for array in shared)
+    assert sum(row[3] * row[4] / 8 for row in rows) == pytest.approx(made.opened.size.file_bytes - others, rel=1e-5)
+
+
+def test_the_baseline_has_no_table_of_matrices(packed: PackedModels, quantizable: Models) -> None:
+    assert metrics.tensor_rows(packed("gpt2", "fp32").opened, quantizable("gpt2").index) == []
+
+
+def test_only_the_papers_accounting_needs_a_histogram(packed: PackedModels, quantizable: Models) -> None:
+    index = quantizable("gpt2").index
+    for method in ("rtn4-g64", "fp32"):
+        made = packed("gpt2", method).opened
+        bare = by_hand(made, certificate={}, method={"codec": made.provenance.method["codec"]})
+        assert metrics.size_figures(bare, index) == metrics.size_figures(made, index)
+        assert metrics.document(bare, index, {}, Evaluation())["allocation"].keys() <= {"tensors"}
+    with pytest.raises(PackedError, match=r"manifest.json: provenance.certificate has no histogram .* pack the model"):
+        metrics.size_figures(by_hand(packed("gpt2", "paper-nash").opened, certificate={}), index)
+
+
+def test_a_model_without_quantized_matrices_has_no_matrix_bits(packed: PackedModels, quantizable: Models) -> None:
+    made = packed("gpt2", "paper-nash").opened
+    kept = {name: tensor for name, tensor in made.tensors.items() if tensor.codec == "kept"}
+    bare = dataclasses.replace(by_hand(made, method={"codec": "classes"}), tensors=kept)
+    assert metrics.size_figures(bare, quantizable("gpt2").index)["matrix_bits_per_weight"] is None
+
+
+def by_hand(made: PackedModel, **changes: Any) -> PackedModel:
+    return dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, **changes))
+
+
 @pytest.mark.parametrize("method", ["fp32", "paper-nash", "rtn4-g64"])
 def test_the_document_has_the_contracts_keys(
     method: str, packed: PackedModels, quantizable: Models, split: Callable[..., TokenizedSplit]
@@ -83,5 +127,11 @@ def test_the_document_has_the_contracts_keys(
     }
     assert document["paper"]["tiny"].keys() >= {"loss", "perplexity", "delta_loss_percent", "texts"}
     assert document["allocation"].keys() >= {"price", "largest_deviation_gain", "duality_gap", "histogram"}
+    assert ("tensors" in document["allocation"]) == (method != "fp32")
+    blocks = document["quality"]["tiny"]["window_blocks"]
+    assert sum(blocks["targets"]) == document["quality"]["tiny"]["tokens"]
+    assert sum(blocks["rises"]) / sum(blocks["targets"]) == pytest.approx(
+        document["quality"]["tiny"]["delta_loss"], 1e-4
+    )
     assert document["quality"]["tiny"]["tokens"] == sum(w.size - 1 for w in evaluation.windows(texts.ids, CONTEXT))
     assert (document["quality"]["tiny"]["delta_loss"] == 0) == (method == "fp32")

@@ -1,4 +1,4 @@
-"""How much worse a model became: both protocols' losses, KL divergence, agreement, and intervals that are paired.
+"""How much worse a model became: both protocols' losses, KL divergence, agreement, and paired intervals.
 
 Standard protocol: non-overlapping windows of the joined split; every token but a window's first is a target; losses are
 summed over all targets, not averaged over windows. Paper's protocol: single texts of 64 tokens, padded with EOS, pads
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.config import Evaluation, PaperProtocol
+from nashswarm.intervals import Blocks, Interval, blocks, draw, rounded
 from nashswarm.models import Checkpoint
 from nashswarm.types import InputError, ModelIndex, Progress, TokenizedSplit
 
@@ -47,22 +48,6 @@ class Losses:
     agreement: float  # share of targets at which both find the same token most likely
     paper_losses: np.ndarray  # float64 [texts]
     original_paper_losses: np.ndarray  # float64 [texts]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A paired difference of losses with its 95 % interval, nats per token."""
-
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the interval excludes 0, or all of it is exactly 0. One without width, of one block, says nothing."""
-        if self.low == self.high:
-            return self.difference == self.low == 0
-        return self.low > 0 or self.high < 0
 
 
 # --- windows and texts ---------------------------------------------------------------------------------------------
@@ -188,37 +173,28 @@ def _first(value: int | Sequence[int] | None) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-# --- intervals -----------------------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def window_blocks(losses: Losses, settings: Evaluation) -> Blocks:
+    """Rises and targets summed over blocks of `settings.block` windows: windows of one text are not independent."""
+    return blocks(losses.window_losses - losses.original_window_losses, losses.window_targets, settings.block)
 
 
 def paired_interval(losses: Losses, settings: Evaluation) -> Interval:
     """The rise in loss per token and its 95 % interval, by a block bootstrap over contiguous windows.
 
-    Windows of one text are not independent, so blocks of `settings.block` windows are drawn, at least
-    `settings.resamples` times; each draw's rise is the ratio of its summed differences to its targets.
+    Blocks are drawn at least `settings.resamples` times; each draw's rise is the ratio of its summed differences to
+    its targets.
     """
-    differences = losses.window_losses - losses.original_window_losses
-    return bootstrap(differences, losses.window_targets, settings.block, settings.resamples, settings.seed)
-
-
-def bootstrap(differences: np.ndarray, targets: np.ndarray, block: int, resamples: int, seed: int) -> Interval:
-    """Percentile interval of sum(differences) / sum(targets); both [windows]."""
-    starts = np.arange(0, differences.size, block)
-    sums, counts = np.add.reduceat(differences, starts), np.add.reduceat(targets, starts)
-    draws = np.random.default_rng(seed).integers(0, starts.size, (resamples, starts.size))
-    ratios = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Interval(float(differences.sum() / targets.sum()), float(low), float(high))
-
-
-# --- figures -------------------------------------------------------------------------------------------------------
+    return draw(window_blocks(losses, settings), settings.resamples, settings.seed)
 
 
 def quality_figures(losses: Losses, settings: Evaluation) -> dict[str, Any]:
-    """The `quality.<corpus>` block of the metrics."""
+    """The `quality.<corpus>` block of the metrics; `window_blocks` gives intervals between any two methods."""
     tokens = int(losses.window_targets.sum())
     loss, original = losses.window_losses.sum() / tokens, losses.original_window_losses.sum() / tokens
-    interval = paired_interval(losses, settings)
+    interval, summed = paired_interval(losses, settings), window_blocks(losses, settings)
     return {
         "loss": rounded(loss),
         "perplexity": rounded(np.exp(loss)),
@@ -230,6 +206,7 @@ def quality_figures(losses: Losses, settings: Evaluation) -> dict[str, Any]:
         "kl_mean": rounded(losses.kl.mean(dtype=np.float64)),
         "kl_p99": rounded(np.quantile(losses.kl.astype(np.float64), 0.99)),
         "top1_agreement": rounded(losses.agreement),
+        "window_blocks": {"rises": list(map(rounded, summed.rises)), "targets": summed.targets.tolist()},
     }
 
 
@@ -248,8 +225,3 @@ def _paper_row(losses: Losses, count: int) -> dict[str, Any]:
         "delta_loss_percent": rounded(100 * (loss - original) / original),
         "texts": count,
     }
-
-
-def rounded(value: float | np.floating[Any], digits: int = 6) -> float:
-    """Six significant digits: what float32 arithmetic on another machine may change is left out."""
-    return float(f"{float(value):.{digits}g}")

@@ -15,10 +15,16 @@ def main(params: Params) -> None:
         for model in params.active.models
         for method in params.active.methods
     }
+    found = report.Run(
+        metrics,
+        params.active.models,
+        params.active.methods,
+        params.active.corpora,
+        params.evaluation.resamples,
+        params.evaluation.seed,
+    )
     with artifacts.fresh_directory(LAYOUT.report) as target:
-        report.write(
-            target, metrics, params.active.models, params.active.methods, params.active.corpora, params.report.dpi
-        )
+        report.write(target, found, params.report.dpi)
 
 
 if __name__ == "__main__":

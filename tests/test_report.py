@@ -106,8 +106,37 @@ def write(
 ) -> dict[str, bytes]:
     models = list(dict.fromkeys(model for model, _ in metrics))
     methods = list(dict.fromkeys(method for _, method in metrics))
-    report.write(target, metrics, models, methods, corpora, 40)
+    report.write(target, report.Run(metrics, models, methods, corpora), 40)
     return {p.name: p.read_bytes() for p in target.iterdir()}
+
+
+Found = dict[tuple[str, str], dict[str, Any]]
+GPT2_KINDS = {"attn.c_attn": "attention", "attn.c_proj": "attention", "mlp.c_fc": "mlp", "mlp.c_proj": "mlp"}
+LLAMA_KINDS = {f"self_attn.{x}_proj": "attention" for x in "qkvo"} | {
+    f"mlp.{x}_proj": "mlp" for x in ("gate", "up", "down")
+}
+
+
+def with_blocks(metrics: Found) -> Found:
+    """As evaluation leaves them: sums over 30 blocks, the same swing of the text in all methods."""
+    for document_ in metrics.values():
+        for q in document_["quality"].values():
+            rises = [1989 * q["delta_loss"] * (1 + (i % 5 - 2) / 20) for i in range(30)]
+            q["window_blocks"] = {"rises": rises, "targets": [1989] * 30}
+    return metrics
+
+
+def with_tensors(metrics: Found, kinds: Mapping[str, str] = GPT2_KINDS, llama: bool = False) -> Found:
+    """True bits of each matrix of three layers, rising from layer to layer."""
+    stem, outside = ("model.layers", ("model.embed_tokens", "lm_head")) if llama else ("transformer.h", ("wte", "wpe"))
+    for (_, method), document_ in metrics.items():
+        bits = METHODS[method][0]
+        rows: list[list[Any]] = [[f"{name}.weight", "embedding", None, 4096, bits + 1] for name in outside]
+        for layer in range(3):
+            rows += [[f"{stem}.{layer}.{k}.weight", p, layer, 256, bits + layer / 4] for k, p in kinds.items()]
+        if method != "fp32":
+            document_["allocation"]["tensors"] = rows
+    return metrics
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +158,7 @@ def tables(markdown: str) -> dict[str, list[dict[str, str]]]:
 
 def test_equal_metrics_give_equal_bytes(written: dict[str, bytes], tmp_path: Path) -> None:
     shuffled = dict(reversed(fake().items()))
-    report.write(tmp_path, shuffled, ["reference"], list(METHODS), ["sampled"], 40)
+    report.write(tmp_path, report.Run(shuffled, ["reference"], list(METHODS), ["sampled"]), 40)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == written
 
 
@@ -138,7 +167,8 @@ def test_the_order_of_the_metrics_does_not_matter(tmp_path: Path) -> None:
     orders = [metrics, dict(reversed(metrics.items()))]
     found = []
     for name, order in zip("ab", orders, strict=True):
-        report.write(tmp_path / name, order, ["reference", "gpt2"], ["fp32", "paper-nash"], ["sampled"], 40)
+        run = report.Run(order, ["reference", "gpt2"], ["fp32", "paper-nash"], ["sampled"])
+        report.write(tmp_path / name, run, 40)
         found.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
     assert found[0] == found[1]
 
@@ -344,6 +374,141 @@ def test_market_shows_its_certificate(written: dict[str, bytes]) -> None:
     assert peers["my_own"]["Market at no more loss"] == "none of this run"
 
 
+def test_the_market_against_the_field(tmp_path: Path) -> None:
+    text = write(tmp_path, with_blocks(fake()))["report.md"].decode()
+    rows = {
+        (r["Baseline"], r["Best market of no more bytes"]): r
+        for r in tables(text)["The market against the field at equal or smaller true size: reference on sampled"]
+    }
+    assert set(rows) == {
+        (baseline, market)
+        for baseline in ("rtn4-g64", "gptq4-g128")
+        for market in ("market-coded-3_0", "market-tiles-3_25")
+    }
+    row = rows["gptq4-g128", "market-coded-3_0"]
+    assert (row["Bits"], row["Its bits"]) == ("4.270", "2.999")
+    assert (row["Rise, nats"], row["Its rise"], row["Difference"]) == ("+0.00760", "+0.00710", "-0.00050")
+    assert (row["Ratio of rises"], row["The market is"]) == ("0.934", "better")
+    low, high = (float(v) for v in row["Paired 95 % interval"].strip("[]").split(", "))
+    assert low <= -0.0005 <= high < 0
+    assert rows["gptq4-g128", "market-tiles-3_25"]["The market is"] == "worse"
+    assert "in place of an interval" not in text
+
+
+def test_a_difference_within_its_interval_is_not_resolved(tmp_path: Path) -> None:
+    metrics = with_blocks(fake(methods=["rtn4-g64", "market-coded-3_0"]))
+    blocks = metrics["reference", "rtn4-g64"]["quality"]["sampled"]["window_blocks"]
+    blocks["rises"] = [v + (90 if i % 2 else -90) for i, v in enumerate(blocks["rises"])]
+    (row,) = field_rows(write(tmp_path, metrics))
+    assert row["The market is"] == "not resolved"
+
+
+def test_equal_blocks_are_equal(tmp_path: Path) -> None:
+    metrics = with_blocks(fake(methods=["rtn4-g64", "market-coded-3_0"]))
+    one, two = (metrics["reference", m]["quality"]["sampled"] for m in ("rtn4-g64", "market-coded-3_0"))
+    one.update(copy.deepcopy(two))
+    assert field_rows(write(tmp_path, metrics))[0]["The market is"] == "equal"
+
+
+def test_the_field_without_blocks_has_no_intervals(written: dict[str, bytes]) -> None:
+    rows = field_rows(written)
+    assert len(rows) == 4
+    assert {(row["Paired 95 % interval"], row["The market is"]) for row in rows} == {("–", "–")}
+    assert "in place of an interval: the metrics of one of the two lack sums" in written["report.md"].decode()
+
+
+def test_the_field_is_left_out_without_a_market(tmp_path: Path) -> None:
+    text = write(tmp_path, with_blocks(fake(methods=["fp32", "rtn4-g64", "gptq4-g128"])))["report.md"].decode()
+    assert "against the field" not in text
+    metrics = fake(methods=["rtn4-g64", "market-tiles-3_25"])
+    metrics["reference", "market-tiles-3_25"]["size"]["file_bytes"] *= 2
+    (row,) = field_rows(write(tmp_path, metrics))
+    assert (row["Best market of no more bytes"], row["Its bits"], row["The market is"]) == (
+        "none of market-tiles",
+        "–",
+        "–",
+    )
+
+
+def field_rows(found: Mapping[str, bytes]) -> list[dict[str, str]]:
+    captions = tables(found["report.md"].decode())
+    return captions["The market against the field at equal or smaller true size: reference on sampled"]
+
+
+def test_acceptance_is_shown_where_there_is_one(tmp_path: Path, written: dict[str, bytes]) -> None:
+    caption = "Mixed widths against uniform ones on the validation text, nats per token: reference"
+    assert caption not in tables(written["report.md"].decode())
+    metrics = fake()
+    metrics["reference", "market-tiles-3_25"]["allocation"]["acceptance"] = {
+        "uniform": "gptq3-g128",
+        "validation_rise": 0.095,
+        "uniform_validation_rise": 0.13,
+        "accepted": True,
+    }
+    metrics["reference", "market-coded-3_0"]["allocation"]["acceptance"] = {"accepted": False}
+    rows = tables(write(tmp_path, metrics)["report.md"].decode())[caption]
+    assert [list(row.values()) for row in rows] == [
+        ["market-coded-3_0", "–", "–", "–", "no"],
+        ["market-tiles-3_25", "gptq3-g128", "+0.09500", "+0.13000", "yes"],
+    ]
+
+
+# --- maps of bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("llama", [False, True])
+def test_every_market_has_a_map_of_its_bits(llama: bool, tmp_path: Path) -> None:
+    kinds = LLAMA_KINDS if llama else GPT2_KINDS
+    found = write(tmp_path, with_tensors(fake(), kinds, llama))
+    markets = [m for m in METHODS if m.startswith("market")]
+    assert {name for name in found if name.startswith("bits-")} == {f"bits-reference-{m}.png" for m in markets}
+    assert all(found[f"bits-reference-{m}.png"].startswith(b"\x89PNG") for m in markets)
+    text = found["report.md"].decode()
+    first = "q" if llama else "q, k, v"
+    assert (
+        "What market-coded-3_0 bought for each matrix of reference, in true bits per weight: embeddings and head "
+        f"above, layers below, one colour scale for all methods. Within the layers from 3.00 ({first} of "
+        f"layer 0) to 3.50 ({first} of layer 2)."
+    ) in text
+
+
+def test_maps_are_left_out_where_metrics_lack_them(tmp_path: Path, written: dict[str, bytes]) -> None:
+    assert not [name for name in written if name.startswith("bits-")]
+    metrics = with_tensors(fake())
+    metrics["reference", "market-coded-2_0"]["allocation"]["tensors"] = []
+    del metrics["reference", "market-coded-3_0"]["allocation"]["tensors"]
+    found = write(tmp_path, metrics)
+    assert [name for name in found if name.startswith("bits-")] == ["bits-reference-market-tiles-3_25.png"]
+
+
+def test_no_market_no_map(tmp_path: Path) -> None:
+    found = write(tmp_path, with_tensors(fake(methods=["fp32", "rtn4-g64"])))
+    assert not [name for name in found if name.startswith("bits-")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["wte.weight", "embedding", None, 4, 3.0]],
+        [["h.0.mlp.c_fc.weight", "mlp", 0, 4, 32.0], ["h.3.attn.c_attn.weight", "attention", 3, 4, 2.0]],
+        [[f"h.{i}.mlp.c_fc.weight", "mlp", i, 4, 2.0] for i in range(60)],
+    ],
+)
+def test_odd_maps(rows: list[list[Any]], tmp_path: Path) -> None:
+    """No layers; kept matrices, holes in the grid and missing layers; many layers of equal bits, none outside."""
+    metrics = fake(methods=["market-coded-3_0"])
+    metrics["reference", "market-coded-3_0"]["allocation"]["tensors"] = rows
+    assert "bits-reference-market-coded-3_0.png" in write(tmp_path, metrics)
+
+
+@pytest.mark.parametrize("luminance", [0.0, figures.EVEN, 1.0])
+def test_letters_can_be_read_on_every_ground(luminance: float) -> None:
+    """The chosen ink has a contrast of at least 3.9 to 1 (WCAG 2), whatever the ground."""
+    ink = [int(figures.INK[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    dark = (luminance + 0.05) / (figures._luminance(ink) + 0.05)
+    assert (dark if luminance > figures.EVEN else 1.05 / (luminance + 0.05)) > 3.9
+
+
 # --- the headline --------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +533,21 @@ def test_a_market_above_three_bits_is_no_headline() -> None:
     metrics = fake(methods=["market-coded-3_0"])
     metrics["reference", "market-coded-3_0"]["size"]["bits_per_weight"] = 3.0001
     assert paper.at_three_bits({"market-coded-3_0": metrics["reference", "market-coded-3_0"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "best"),
+    [
+        ({"market-coded-2_0": 2.0, "market-coded-3_0": 2.99, "market-coded-2_5": 2.5}, "market-coded-3_0"),
+        ({"market-coded-3_25": 3.25, "market-coded-2_0": 2.0, "market-coded-2_5": 2.5}, "market-coded-2_5"),
+        ({"market-coded-2_0": 2.0, "market-tiles-3_0": 2.99}, "market-coded-2_0"),  # the headline is the coded format's
+        ({"market-coded-3_25": 3.25, "market-tiles-2_25": 2.25, "market-tiles-3_0": 2.99}, "market-tiles-3_0"),
+        ({"market-coded-b": 3.0, "market-coded-a": 3.0}, "market-coded-a"),
+        ({"market-tiles-3_25": 3.25, "rtn2-g64": 2.6}, None),
+    ],
+)
+def test_the_headline_is_the_market_nearest_below_three_bits(bits: Mapping[str, float], best: str | None) -> None:
+    assert paper.at_three_bits({m: {"size": {"bits_per_weight": b}} for m, b in bits.items()}) == best
 
 
 def test_a_falling_loss_falls() -> None:
@@ -546,3 +726,48 @@ def test_the_flat_table_holds_the_metrics(written: dict[str, bytes]) -> None:
         assert frame.loc[method, "size.bits_per_weight"] == pytest.approx(bits, rel=1e-4)
         column = next(c for c in frame.columns if c.startswith("quality.") and c.endswith(".delta_loss"))
         assert frame.loc[method, column] == pytest.approx(rise)
+
+
+def test_the_flat_table_has_one_number_in_a_cell(tmp_path: Path) -> None:
+    import pandas as pd
+
+    frame = pd.read_csv(io.BytesIO(write(tmp_path, with_tensors(with_blocks(fake())))["results.csv"]))
+    assert not [c for c in frame.columns if "tensors" in c or "window_blocks" in c]
+
+
+def test_crowded_points_are_all_named() -> None:
+    """Seventeen methods as the embedded model has them: every name stands in the figure, none over another."""
+    from matplotlib.figure import Figure
+
+    crowd = {
+        **{
+            "paper-uniform4": (14.3, 0.157),
+            "paper-nash": (14.34, 0.107),
+            "uniform4": (4.06, 0.8),
+            "nash": (4.22, 0.31),
+        },
+        **{"rtn4-g64": (4.37, 0.07), "rtn3-g64": (3.51, 0.247), "rtn2-g64": (2.62, 2.3), "gptq4-g128": (4.24, 0.0485)},
+        **{"gptq3-g128": (3.39, 0.134), "gptq2-g64": (2.66, 0.72), "market-coded-2_0": (2.0, 0.383)},
+        **{"market-coded-2_5": (2.5, 0.143), "market-coded-3_0": (2.999, 0.058), "market-tiles-2_25": (2.25, 0.65)},
+        **{"market-tiles-3_25": (3.25, 0.093)},
+    }
+    points = [
+        figures.Point(m, b, v, (0.9 * v, 1.1 * v), 3.0 if m == "paper-nash" else None) for m, (b, v) in crowd.items()
+    ]
+    drawn: list[Figure] = []
+
+    def keep(canvas: Any, dpi: int) -> bytes:
+        drawn.append(canvas.figure)
+        return b""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_png", keep)
+        figures.frontier(points, "rise", 100)
+    (axes,) = drawn[0].axes
+    boxes = {text.get_text(): figures._extent(text, drawn[0].canvas) for text in axes.texts}
+    assert boxes.keys() == {m.removeprefix("market-") for m in crowd}
+    pairs = [(a, b) for a in boxes for b in boxes if a < b]
+    assert not [(a, b) for a, b in pairs if boxes[a].overlaps(boxes[b])]
+    joined = {line.get_label() for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 1}
+    assert joined == {figures.FAMILIES[f][0] for f in ("rtn", "gptq", "market-coded", "market-tiles")}
+    assert axes.get_yscale() == "log"

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nashswarm.bitmap import BitMap
+
 FAMILIES: Mapping[str, tuple[str, str, str]] = {  # prefix -> title, colour, marker
     "paper-": ("paper's, nn.Linear only", "#b5482f", "X"),
     "uniform": ("paper's codecs, all weights", "#e39a2d", "P"),
@@ -27,13 +29,21 @@ PARTS: Mapping[str, str] = {
     "source": "#9aa5b1",
     "headers": "#3d3d3d",
 }
+JOINED = {"rtn": 0.9, "gptq": 0.9, "market-coded": 1.6, "market-tiles": 1.6}  # families that budgets or widths span
 SPARE_COLOURS = ("#c86fa0", "#6a994e", "#a07855", "#77a6a0")
 TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 WIDTH = 4.9  # inches; a phone shows it at 0.6 of its size
 INK, FAINT = "#1d2329", "#d9dde2"
-OFFSETS = (  # of a label from its point, and which end of it that is; the first that has room is taken
+EVEN = 0.21  # luminance of a ground on which letters of INK and white ones stand out alike, 3.9 to 1
+NEAR = (  # offsets in points of a label from its point, and which end of it that is; the first that has room is taken
     *((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right")),
     *((0, 9, "center"), (0, -16, "center"), (9, -3, "left"), (-9, -3, "right"), (-3, -18, "right"), (3, 14, "left")),
+)
+FAR = tuple(  # the same with a line to the point, where points are crowded
+    (across, up, "left" if across > 0 else "right")
+    for reach in (16, 26, 38, 54)
+    for up in (-3, 9, -15, 22, -28, 36, -42)
+    for across in (reach, -reach)
 )
 
 
@@ -60,7 +70,7 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
 
     Arguments: `label`, of the vertical axis.
     """
-    canvas = _canvas(4.5, dpi)
+    canvas = _canvas(5.0, dpi)
     figure = canvas.figure
     axes = figure.add_subplot()
     floor, ceiling = _span(points)
@@ -112,6 +122,71 @@ def part_names(parts: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [n for n in PARTS if n in found] + sorted(found - set(PARTS))
 
 
+def bit_map(of: BitMap, limits: tuple[float, float], dpi: int) -> bytes:
+    """True bits of every matrix, as PNG: what lies in no layer in a strip of its own, below it a row for each layer.
+
+    Arguments: `limits`, bits at the ends of the colour scale, so that maps of several methods can be compared.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    row = 0.225 if len(of.layers) <= 24 else 0.175
+    heights = [0.3] * bool(of.outside) + [row * len(of.layers)] * bool(of.layers) + [0.11]
+    canvas = _canvas(sum(heights) + 0.75 + 0.2 * len(heights), dpi)
+    panels = iter(canvas.figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+    colours = ScalarMappable(Normalize(*limits), colormaps["YlGnBu"])
+    if of.outside:
+        axes = next(panels)
+        _draw_cells(axes, [list(of.outside.values())], colours, [f"{name}  {b:.2f}" for name, b in of.outside.items()])
+        axes.set_yticks([0.5], [""])
+    if of.layers:
+        axes = next(panels)
+        values = [[of.cells.get((layer, column)) for column in of.columns] for layer in of.layers]
+        _draw_cells(axes, values, colours)
+        axes.set_xticks([i + 0.5 for i in range(len(of.columns))], of.columns)
+        axes.set_yticks([i + 0.5 for i in range(len(of.layers))], [str(layer) for layer in of.layers])
+        axes.set_ylabel("layer", color=INK)
+    beyond = max(of.values()) > limits[1]
+    bar = canvas.figure.colorbar(
+        colours, cax=next(panels), orientation="horizontal", extend="max" if beyond else "neither"
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8.5, colors=INK, length=3)
+    bar.set_label("true bits per weight", color=INK, fontsize=9.5)
+    return _png(canvas, dpi)
+
+
+def _draw_cells(
+    axes: Any, values: Sequence[Sequence[float | None]], colours: Any, words: Sequence[str] | None = None
+) -> None:
+    """A grid of coloured cells, the first row on top, each with its number or its words; None leaves a hole."""
+    from matplotlib.patches import Rectangle
+
+    size = 8.5 if len(values) <= 24 else 7.5
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            if value is None:
+                continue
+            colour = colours.to_rgba(value)
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
+            ink = INK if _luminance(colour) > EVEN else "white"
+            text = words[x] if words else f"{value:.2f}"
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=size, color=ink)
+    axes.set_xlim(0, max(len(line) for line in values))
+    axes.set_ylim(len(values), 0)
+    axes.tick_params(labelsize=8.5, colors=INK, length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_xticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour, WCAG 2: what decides whether dark or white letters can be read on it."""
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 # --- pieces --------------------------------------------------------------------------------------------------------
 
 
@@ -138,12 +213,11 @@ def _draw_family(axes: Any, points: Sequence[Point], prefix: str, floor: float) 
     points = sorted(points, key=lambda p: (p.bits, p.method))
     above = [p for p in points if p.value > 0]
     below = [p for p in points if p.value <= 0]
-    line = "-" if prefix.startswith("market") else "none"
     axes.plot(
         [p.bits for p in above],
         [p.value for p in above],
-        linestyle=line,
-        linewidth=1.4,
+        linestyle="-" if prefix in JOINED else "none",
+        linewidth=JOINED.get(prefix, 0.0),
         color=colour,
         marker=marker,
         markersize=6.5,
@@ -172,7 +246,8 @@ def _draw_claims(axes: Any, points: Sequence[Point]) -> None:
 def _dress(axes: Any, bits: Sequence[float], label: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    least, most = min(bits, default=1.0) / 1.3, max(bits, default=8.0) * 1.25
+    least, most = min(bits, default=1.0), max(bits, default=8.0)
+    least, most = least / max(1.15, (most / least) ** 0.25), most * 1.25  # a name's width to the left of the smallest
     axes.set_xlim(least, most)
     ticks = [t for t in TICKS if least <= t <= most]
     if most / least > 5:  # no room for halves
@@ -203,39 +278,90 @@ def _label(axes: Any, canvas: Any, points: Sequence[Point], floor: float) -> Non
     """Names beside the points, where they cover neither each other nor a point; left out where there is no room."""
     places = {p.method: (p.bits, p.value if p.value > 0 else floor * 1.12) for p in points}
     pixels = {m: axes.transData.transform(place) for m, place in places.items()}
+    claims = {p: axes.transData.transform((p.claimed, p.value)) for p in points if p.claimed and p.value > 0}
+    marks = [*pixels.values(), *claims.values()]
     lines = _along_lines(points, pixels)
-    lines += [axes.transData.transform((p.claimed, p.value)) for p in points if p.claimed and p.value > 0]
+    lines += [xy for p, claim in claims.items() for xy in _steps(claim, pixels[p.method])]
     taken: list[Any] = []
-    frame = axes.get_window_extent(canvas.get_renderer())
     for point in sorted(points, key=lambda p: (p.bits, p.method)):
         name = point.method.removeprefix("market-") + ("" if point.value > 0 else " (≤ 0)")
-        others = [xy for m, xy in pixels.items() if m != point.method] + lines
-        for dx, dy, side in OFFSETS:
-            text = axes.annotate(
-                name,
-                places[point.method],
-                (dx, dy),
-                textcoords="offset points",
-                ha=side,
-                fontsize=8.5,
-                color=FAMILIES[family(point.method)][1],
-            )
-            box = text.get_window_extent(canvas.get_renderer())
-            covered = any(box.overlaps(t) for t in taken) or any(box.padded(2).contains(*xy) for xy in others)
-            if not covered and box.x0 >= frame.x0 and box.x1 <= frame.x1 + 12 and box.y0 >= frame.y0:
+        own = pixels[point.method]
+        others = [xy for xy in marks if xy is not own]
+        colour = FAMILIES[family(point.method)][1]
+        for offset, across in [*((o, False) for o in NEAR + FAR), *((o, True) for o in FAR)]:
+            leader = offset in FAR
+            text = _name(axes, name, places[point.method], offset, colour, leader)
+            box, line = _extent(text, canvas), _leader(text, canvas, own) if leader else []
+            if _has_room(box, axes, canvas, taken, others, lines) and not _crosses(
+                line, taken, others if across else others + lines
+            ):
                 taken.append(box)
+                lines += line
                 break
             text.remove()
 
 
+def _name(
+    axes: Any, name: str, place: tuple[float, float], offset: tuple[int, int, str], colour: str, leader: bool
+) -> Any:
+    arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.7, "shrinkA": 1, "shrinkB": 4}
+    return axes.annotate(
+        name,
+        place,
+        offset[:2],
+        textcoords="offset points",
+        ha=offset[2],
+        fontsize=8.5,
+        color=colour,
+        arrowprops={**arrow, "relpos": (0.0 if offset[2] == "left" else 1.0, 0.5)} if leader else None,
+    )
+
+
+def _extent(text: Any, canvas: Any) -> Any:
+    """The letters' box in pixels, without the line that leads to the point."""
+    from matplotlib.text import Text
+
+    text.update_positions(canvas.get_renderer())
+    return Text.get_window_extent(text, canvas.get_renderer())
+
+
+def _leader(text: Any, canvas: Any, point: Any) -> list[Any]:
+    """Places on the line from a label to its point."""
+    box = _extent(text, canvas)
+    end = ((box.x0 if text.get_horizontalalignment() == "left" else box.x1), (box.y0 + box.y1) / 2)
+    return _steps(point, end)[1:]
+
+
+def _has_room(
+    box: Any, axes: Any, canvas: Any, taken: Sequence[Any], marks: Sequence[Any], lines: Sequence[Any]
+) -> bool:
+    """Whether a label lies inside and covers neither another label nor a mark nor a line."""
+    frame, room = axes.get_window_extent(canvas.get_renderer()), canvas.figure.dpi / 72
+    inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 + 12 and box.y0 >= frame.y0 and box.y1 <= frame.y1 + 8
+    covers = any(box.padded(gap * room).contains(*xy) for gap, places in ((4, marks), (1, lines)) for xy in places)
+    return inside and not covers and not any(box.overlaps(t) for t in taken)
+
+
+def _crosses(line: Sequence[Any], taken: Sequence[Any], marks: Sequence[Any]) -> bool:
+    """Whether a label's line runs through another label or close to a mark."""
+    through = any(box.padded(1).contains(*xy) for box in taken for xy in line)
+    return through or any(abs(xy[0] - m[0]) + abs(xy[1] - m[1]) < 9 for xy in line for m in marks)
+
+
+def _steps(start: Any, end: Any) -> list[Any]:
+    """Places on a line, every few pixels, its ends aside."""
+    count = max(2, round(max(abs(start - end)) / 5))
+    return [start + (end - start) * step / count for step in range(1, count)]
+
+
 def _along_lines(points: Sequence[Point], pixels: Mapping[str, Any]) -> list[Any]:
-    """Places on the lines that join a market's points, for labels to keep clear of."""
+    """Places on the lines that join a family's points, for labels to keep clear of."""
     found: list[Any] = []
-    for prefix in (p for p in FAMILIES if p.startswith("market")):
+    for prefix in JOINED:
         joined = sorted((p.bits, p.method) for p in points if family(p.method) == prefix and p.value > 0)
         ends = [pixels[method] for _, method in joined]
         for start, end in itertools.pairwise(ends):
-            found += [start + (end - start) * step / 12 for step in range(1, 12)]
+            found += _steps(start, end)
     return found
 
 

@@ -302,11 +302,18 @@ def _tex(text: str) -> str:
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 
+SERIES = "allocation.tensors"
+
+
 def flat_table(documents: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """All figures as CSV, for other people's plots: one line per (model, method), columns named as in the metrics."""
+    """All figures as CSV, for other people's plots: one line per (model, method), columns named as in the metrics.
+
+    Series of matrices and windows are left to the metrics.
+    """
     import pandas as pd
 
     frame = pd.json_normalize([dict(document) for document in documents.values()])
+    frame = frame.drop(columns=[c for c in frame.columns if c.endswith(SERIES) or ".window_blocks." in c])
     frame.insert(0, "method", [method for _, method in documents])
     frame.insert(0, "model", [model for model, _ in documents])
     return str(frame.to_csv(index=False, lineterminator="\n"))

@@ -12,6 +12,8 @@ from typing import Any
 
 from nashswarm import paper, rendering
 from nashswarm.artifacts import write_bytes
+from nashswarm.bitmap import BitMap, bit_map
+from nashswarm.comparison import Match, matches
 from nashswarm.paper import rise, signed
 from nashswarm.rendering import Block, Heading, Items, Picture, Table, Text
 
@@ -24,24 +26,23 @@ Metrics = Mapping[tuple[str, str], Mapping[str, Any]]
 class Run:
     """What there is to report."""
 
-    metrics: Metrics
+    metrics: Metrics  # of (model, method)
     models: Sequence[str]
     methods: Sequence[str]
     corpora: Sequence[str]
+    resamples: int = 2000  # of the bootstrap between two methods
+    seed: int = 0
 
     def of(self, model: str) -> dict[str, Mapping[str, Any]]:
         """Method -> metrics of one model, in the order of the methods."""
         return {m: self.metrics[model, m] for m in self.methods if (model, m) in self.metrics}
 
 
-def write(
-    directory: Path, metrics: Metrics, models: Sequence[str], methods: Sequence[str], corpora: Sequence[str], dpi: int
-) -> None:
+def write(directory: Path, run: Run, dpi: int) -> None:
     """Write report.md, report.html, tables.tex, results.csv and the figures into `directory`.
 
-    Arguments: `metrics`, of (model, method); `dpi`, of the figures.
+    Arguments: `dpi`, of the figures.
     """
-    run = Run(metrics, models, methods, corpora)
     first, more = headline(run)
     blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
     blocks += [*_figure_section(run, dpi), *_market_section(run), *_reading_section(run)]
@@ -320,7 +321,7 @@ def _size_section(run: Run) -> list[Block]:
                 method,
                 _mib(d),
                 f"{d['size']['bits_per_weight']:.3f}",
-                f"{d['size']['matrix_bits_per_weight']:.3f}",
+                _number(d["size"]["matrix_bits_per_weight"], ".3f"),
                 _number(d["size"].get("claimed_bits_per_weight"), ".3f"),
                 f"{_smaller(d):.1f}",
             )
@@ -427,7 +428,41 @@ def _figure_section(run: Run, dpi: int) -> list[Block]:
             "Matrices that a method leaves alone count as codes; fp32 is left out."
         )
         blocks.append(Picture(f"bytes-{model}.png", caption, figures.stacked(_parts(run, model), dpi)))
+        blocks += _bit_maps(run, model, dpi)
     return [Heading("Figures"), *blocks] if blocks else []
+
+
+DEEPEST = 8.0  # bits at the dark end of the maps' scale at most: one kept matrix would wash out all others
+
+
+def _bit_maps(run: Run, model: str, dpi: int) -> list[Block]:
+    """A map for every market whose metrics have the bits of single matrices; one colour scale for all of them."""
+    from nashswarm import figures
+
+    rows = {m: d["allocation"].get("tensors", []) for m, d in _markets(run, model).items()}
+    maps = {method: found for method, of_method in rows.items() if (found := bit_map(of_method))}
+    values = [min(v, DEEPEST) for found in maps.values() for v in found.values()]
+    if not values:
+        return []
+    limits = min(values), max(max(values), min(values) + 0.5)
+    return [
+        Picture(f"bits-{model}-{m}.png", _map_caption(m, model, found), figures.bit_map(found, limits, dpi))
+        for m, found in maps.items()
+    ]
+
+
+def _map_caption(method: str, model: str, found: BitMap) -> str:
+    ends = ""
+    if found.cells:
+        least, most = (pick(found.cells, key=lambda cell: found.cells[cell]) for pick in (min, max))
+        ends = (
+            f" Within the layers from {found.cells[least]:.2f} ({least[1]} of layer {least[0]}) to "
+            f"{found.cells[most]:.2f} ({most[1]} of layer {most[0]})."
+        )
+    return (
+        f"What {method} bought for each matrix of {model}, in true bits per weight: embeddings and head above, layers "
+        f"below, one colour scale for all methods.{ends} Tables and scales that all matrices share are not in it."
+    )
 
 
 # --- the market ----------------------------------------------------------------------------------------------------
@@ -436,9 +471,11 @@ def _figure_section(run: Run, dpi: int) -> list[Block]:
 def _market_section(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for model in run.models:
-        bought = {m: d for m, d in run.of(model).items() if d.get("allocation", {}).get("price") is not None}
+        bought = _markets(run, model)
         if bought:
+            blocks += [table for corpus in run.corpora for table in _field_tables(run, model, corpus)]
             blocks += [_certificate_table(model, bought), *(_prediction_table(model, c, bought) for c in run.corpora)]
+            blocks += _acceptance_table(model, bought)
             blocks += [_peers_table(run, model, corpus) for corpus in run.corpora]
     if not blocks:
         return []
@@ -447,9 +484,90 @@ def _market_section(run: Run) -> list[Block]:
         Text(
             "Every piece of the model buys bytes at one price. At an equilibrium nobody gains by buying otherwise, "
             "so the largest gain by deviating is 0 up to rounding and to the last bytes; the gap is how far the "
-            "bought distortion can be from the best one possible at these bytes. Bytes bought are those of the file."
+            "bought distortion can be from the best one possible at these bytes. Bytes bought are those of the file. "
+            "Against the field: for each baseline and each codec, the market whose loss rises least among the files "
+            "that are no larger. A ratio below 1 and a difference below 0 are in the market's favour; the intervals "
+            "are paired, drawn from blocks of windows for both methods at once."
         ),
         *blocks,
+    ]
+
+
+def _markets(run: Run, model: str) -> dict[str, Mapping[str, Any]]:
+    """The methods that bought at a price."""
+    return {m: d for m, d in run.of(model).items() if d.get("allocation", {}).get("price") is not None}
+
+
+FIELD_COLUMNS = (
+    "Baseline",
+    "Bits",
+    "Rise, nats",
+    "Best market of no more bytes",
+    "Its bits",
+    "Its rise",
+    "Ratio of rises",
+    "Difference",
+    "Paired 95 % interval",
+    "The market is",
+)
+
+
+def _field_tables(run: Run, model: str, corpus: str) -> list[Block]:
+    """Every baseline of the field against the best market of each codec that is no larger; none without both."""
+    documents = run.of(model)
+    found = matches(documents, corpus, run.resamples, run.seed)
+    rows = [_field_row(match, documents, corpus) for match in found]
+    caption = f"The market against the field at equal or smaller true size: {model} on {corpus}"
+    blocks: list[Block] = [Table(caption, FIELD_COLUMNS, rows)] if found else []
+    if any(match.market and not match.interval for match in found):
+        words = "lack sums over the same blocks of windows, from which the interval is drawn: evaluate again."
+        blocks.append(Text(f"{NONE} in place of an interval: the metrics of one of the two {words}"))
+    return blocks
+
+
+def _field_row(match: Match, documents: Mapping[str, Mapping[str, Any]], corpus: str) -> Sequence[str]:
+    theirs = documents[match.baseline]
+    bits, rise_ = f"{theirs['size']['bits_per_weight']:.3f}", f"{theirs['quality'][corpus]['delta_loss']:+.5f}"
+    if match.market is None:
+        return match.baseline, bits, rise_, f"none of {match.codec}", *[NONE] * (len(FIELD_COLUMNS) - 4)
+    ours, interval = documents[match.market], match.interval
+    own = ours["quality"][corpus]["delta_loss"]
+    verdict = NONE
+    if interval:
+        verdict = "not resolved" if not interval.resolved else "better" if interval.difference < 0 else "worse"
+        verdict = "equal" if interval.resolved and interval.difference == 0 else verdict
+    return (
+        match.baseline,
+        bits,
+        rise_,
+        match.market,
+        f"{ours['size']['bits_per_weight']:.3f}",
+        f"{own:+.5f}",
+        _number(match.ratio, ".3f"),
+        f"{own - theirs['quality'][corpus]['delta_loss']:+.5f}",
+        _interval((interval.low, interval.high), "+.5f") if interval else NONE,
+        verdict,
+    )
+
+
+def _acceptance_table(model: str, bought: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+    """How mixed widths did against uniform ones on the validation text, where the allocation asked."""
+    asked = {m: d["allocation"]["acceptance"] for m, d in bought.items() if d["allocation"].get("acceptance")}
+    if not asked:
+        return []
+    rows = [
+        (
+            method,
+            str(a.get("uniform") or NONE),
+            _number(a.get("validation_rise"), "+.5f"),
+            _number(a.get("uniform_validation_rise"), "+.5f"),
+            NONE if a.get("accepted") is None else "yes" if a["accepted"] else "no",
+        )
+        for method, a in asked.items()
+    ]
+    columns = ("Method", "Uniform widths", "Rise on validation", "Uniform's rise", "Accepted?")
+    return [
+        Table(f"Mixed widths against uniform ones on the validation text, nats per token: {model}", columns, rows, 2)
     ]
 
 
@@ -500,7 +618,7 @@ def _histogram(counts: Mapping[str, int]) -> str:
 def _peers_table(run: Run, model: str, corpus: str) -> Table:
     """For every other method: the smallest market file whose loss rises no more."""
     documents = {m: d for m, d in run.of(model).items() if m != paper.FP32}
-    market = {m: d for m, d in documents.items() if d.get("allocation", {}).get("price") is not None}
+    market = _markets(run, model)
     rows = []
     for method in (m for m in documents if m not in market):
         rise_ = documents[method]["quality"][corpus]["delta_loss"]

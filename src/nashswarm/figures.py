@@ -122,10 +122,11 @@ def part_names(parts: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [n for n in PARTS if n in found] + sorted(found - set(PARTS))
 
 
-def bit_map(of: BitMap, limits: tuple[float, float], dpi: int) -> bytes:
+def bit_map(of: BitMap, title: str, limits: tuple[float, float], dpi: int) -> bytes:
     """True bits of every matrix, as PNG: what lies in no layer in a strip of its own, below it a row for each layer.
 
-    Arguments: `limits`, bits at the ends of the colour scale, so that maps of several methods can be compared.
+    Arguments: `limits`, bits at the ends of the colour scale, so that maps of several methods can be compared; what
+    lies beyond has the colour of the end.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -133,7 +134,8 @@ def bit_map(of: BitMap, limits: tuple[float, float], dpi: int) -> bytes:
 
     row = 0.225 if len(of.layers) <= 24 else 0.175
     heights = [0.3] * bool(of.outside) + [row * len(of.layers)] * bool(of.layers) + [0.11]
-    canvas = _canvas(sum(heights) + 0.75 + 0.2 * len(heights), dpi)
+    canvas = _canvas(sum(heights) + 1.0 + 0.2 * len(heights), dpi)
+    canvas.figure.suptitle(title, fontsize=10.5, color=INK)
     panels = iter(canvas.figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     colours = ScalarMappable(Normalize(*limits), colormaps["YlGnBu"])
     if of.outside:
@@ -147,10 +149,9 @@ def bit_map(of: BitMap, limits: tuple[float, float], dpi: int) -> bytes:
         axes.set_xticks([i + 0.5 for i in range(len(of.columns))], of.columns)
         axes.set_yticks([i + 0.5 for i in range(len(of.layers))], [str(layer) for layer in of.layers])
         axes.set_ylabel("layer", color=INK)
-    beyond = max(of.values()) > limits[1]
-    bar = canvas.figure.colorbar(
-        colours, cax=next(panels), orientation="horizontal", extend="max" if beyond else "neither"
-    )
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    extend = beyond[min(of.values()) < limits[0], max(of.values()) > limits[1]]
+    bar = canvas.figure.colorbar(colours, cax=next(panels), orientation="horizontal", extend=extend)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5, colors=INK, length=3)
     bar.set_label("true bits per weight", color=INK, fontsize=9.5)

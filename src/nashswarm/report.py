@@ -436,19 +436,25 @@ DEEPEST = 8.0  # bits at the dark end of the maps' scale at most: one kept matri
 
 
 def _bit_maps(run: Run, model: str, dpi: int) -> list[Block]:
-    """A map for every market whose metrics have the bits of single matrices; one colour scale for all of them."""
+    """A map for every market whose metrics have the bits of single matrices; one colour scale for all of them.
+
+    The layers set the scale: position embeddings, which are few and bought dear, would pale the rest.
+    """
     from nashswarm import figures
 
-    rows = {m: d["allocation"].get("tensors", []) for m, d in _markets(run, model).items()}
-    maps = {method: found for method, of_method in rows.items() if (found := bit_map(of_method))}
-    values = [min(v, DEEPEST) for found in maps.values() for v in found.values()]
-    if not values:
+    markets = _markets(run, model)
+    maps = {m: found for m, d in markets.items() if (found := bit_map(d["allocation"].get("tensors") or []))}
+    if not maps:
         return []
-    limits = min(values), max(max(values), min(values) + 0.5)
-    return [
-        Picture(f"bits-{model}-{m}.png", _map_caption(m, model, found), figures.bit_map(found, limits, dpi))
-        for m, found in maps.items()
-    ]
+    values = [v for found in maps.values() for v in found.cells.values() or found.values()]
+    least = min(values)
+    limits = least, max(min(max(values), DEEPEST), least + 0.5)
+    blocks: list[Block] = []
+    for method, found in maps.items():
+        title = f"{method}: {markets[method]['size']['bits_per_weight']:.2f} true bits per weight in all"
+        picture = figures.bit_map(found, title, limits, dpi)
+        blocks.append(Picture(f"bits-{model}-{method}.png", _map_caption(method, model, found), picture))
+    return blocks
 
 
 def _map_caption(method: str, model: str, found: BitMap) -> str:

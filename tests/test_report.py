@@ -9,7 +9,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nashswarm import figures, paper, rendering, report
+from nashswarm.bitmap import BitMap
 
 PARAMETERS = 8_000_000
 # method -> true bits over the model, bits over its matrices, rise in loss (nats), bits that the paper would claim
@@ -255,7 +256,9 @@ def test_latex_is_whole(written: dict[str, bytes]) -> None:
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX engine here")
 def test_latex_compiles_without_overfull_lines(tmp_path: Path) -> None:
-    write(tmp_path, fake(["gpt2", "opt-1_3b"], corpora=["my_text", "wikitext2"]), ["my_text", "wikitext2"])
+    metrics = with_blocks(fake(["gpt2", "opt-1_3b"], corpora=["my_text", "wikitext2"]))
+    metrics["gpt2", "market-tiles-3_25"]["allocation"]["acceptance"] = {"uniform": "gptq3-g128", "accepted": True}
+    write(tmp_path, metrics, ["my_text", "wikitext2"])
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "tables.tex"]
     for _ in range(3):
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
@@ -501,6 +504,42 @@ def test_odd_maps(rows: list[list[Any]], tmp_path: Path) -> None:
     assert "bits-reference-market-coded-3_0.png" in write(tmp_path, metrics)
 
 
+def test_a_map_shows_every_number_in_its_place() -> None:
+    cells = {(0, "q"): 2.0, (2, "q"): 3.456, (2, "MLP up"): 9.0}
+    figure = drawn(figures.bit_map, BitMap((0, 2), ("q", "MLP up"), cells, {"wte": 4.5}), "a title", (2.0, 8.0), 60)
+    strip, grid, bar = figure.axes
+    assert [text.get_text() for text in strip.texts] == ["wte  4.50"]
+    places = {text.get_position(): text.get_text() for text in grid.texts}
+    assert places == {(0.5, 0.5): "2.00", (0.5, 1.5): "3.46", (1.5, 1.5): "9.00"}
+    assert [text.get_text() for text in grid.get_xticklabels()] == ["q", "MLP up"]
+    assert [text.get_text() for text in grid.get_yticklabels()] == ["0", "2"]
+    assert grid.get_ylim() == (2, 0), "the first layer is on top"
+    assert bar.get_xlabel() == "true bits per weight"
+    assert figure.get_suptitle() == "a title"
+
+
+def test_layers_set_one_scale_for_all_maps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the least of market-coded-2_0 to the most of market-tiles-3_25; embeddings, one bit above, do not count."""
+    limits = []
+    monkeypatch.setattr(figures, "bit_map", lambda of, title, ends, dpi: limits.append(ends) or b"")
+    metrics = with_tensors(fake())
+    write(tmp_path / "a", metrics)
+    assert set(limits) == {(1.999, 3.749)}
+    assert len(limits) == 3
+    metrics["reference", "market-tiles-3_25"]["allocation"]["tensors"][2][4] = 32.0
+    write(tmp_path / "b", metrics)
+    assert limits[-1] == (1.999, report.DEEPEST)
+
+
+def drawn(draw: Callable[..., bytes], *arguments: Any) -> Any:
+    """The figure that a drawing function makes, before it becomes a PNG."""
+    kept: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_png", lambda canvas, dpi: kept.append(canvas.figure) or b"")
+        draw(*arguments)
+    return kept[0]
+
+
 @pytest.mark.parametrize("luminance", [0.0, figures.EVEN, 1.0])
 def test_letters_can_be_read_on_every_ground(luminance: float) -> None:
     """The chosen ink has a contrast of at least 3.9 to 1 (WCAG 2), whatever the ground."""
@@ -737,8 +776,6 @@ def test_the_flat_table_has_one_number_in_a_cell(tmp_path: Path) -> None:
 
 def test_crowded_points_are_all_named() -> None:
     """Seventeen methods as the embedded model has them: every name stands in the figure, none over another."""
-    from matplotlib.figure import Figure
-
     crowd = {
         **{
             "paper-uniform4": (14.3, 0.157),
@@ -754,17 +791,9 @@ def test_crowded_points_are_all_named() -> None:
     points = [
         figures.Point(m, b, v, (0.9 * v, 1.1 * v), 3.0 if m == "paper-nash" else None) for m, (b, v) in crowd.items()
     ]
-    drawn: list[Figure] = []
-
-    def keep(canvas: Any, dpi: int) -> bytes:
-        drawn.append(canvas.figure)
-        return b""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_png", keep)
-        figures.frontier(points, "rise", 100)
-    (axes,) = drawn[0].axes
-    boxes = {text.get_text(): figures._extent(text, drawn[0].canvas) for text in axes.texts}
+    figure = drawn(figures.frontier, points, "rise", 100)
+    (axes,) = figure.axes
+    boxes = {text.get_text(): figures._extent(text, figure.canvas) for text in axes.texts}
     assert boxes.keys() == {m.removeprefix("market-") for m in crowd}
     pairs = [(a, b) for a in boxes for b in boxes if a < b]
     assert not [(a, b) for a, b in pairs if boxes[a].overlaps(boxes[b])]

@@ -456,6 +456,20 @@ def test_acceptance_is_shown_where_there_is_one(tmp_path: Path, written: dict[st
     ]
 
 
+def test_a_market_that_fell_back_to_uniform_widths_has_no_price_but_all_the_rest(tmp_path: Path) -> None:
+    metrics = with_tensors(with_blocks(fake(methods=["rtn4-g64", "market-tiles-3_25"])))
+    allocation = metrics["reference", "market-tiles-3_25"]["allocation"]
+    allocation |= {"price": None, "acceptance": {"uniform": "3", "accepted": False}}
+    found = write(tmp_path, metrics)
+    captions = tables(found["report.md"].decode())
+    assert [row["The market is"] for row in field_rows(found)] == ["worse"]
+    assert [row["Accepted?"] for caption, rows in captions.items() if "Mixed widths" in caption for row in rows] == [
+        "no"
+    ]
+    assert not [caption for caption in captions if caption.startswith("Certificates")]
+    assert "bits-reference-market-tiles-3_25.png" in found
+
+
 # --- maps of bits --------------------------------------------------------------------------------------------------
 
 

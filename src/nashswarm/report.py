@@ -442,8 +442,9 @@ def _bit_maps(run: Run, model: str, dpi: int) -> list[Block]:
     """
     from nashswarm import figures
 
-    markets = _markets(run, model)
-    maps = {m: found for m, d in markets.items() if (found := bit_map(d["allocation"].get("tensors") or []))}
+    markets = {m: d for m, d in run.of(model).items() if m.startswith("market")} | _markets(run, model)
+    rows = {m: d.get("allocation", {}).get("tensors") or [] for m, d in markets.items()}
+    maps = {method: found for method, of_method in rows.items() if (found := bit_map(of_method))}
     if not maps:
         return []
     values = [v for found in maps.values() for v in found.cells.values() or found.values()]
@@ -478,10 +479,11 @@ def _market_section(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for model in run.models:
         bought = _markets(run, model)
+        blocks += [block for corpus in run.corpora for block in _field_tables(run, model, corpus)]
         if bought:
-            blocks += [table for corpus in run.corpora for table in _field_tables(run, model, corpus)]
             blocks += [_certificate_table(model, bought), *(_prediction_table(model, c, bought) for c in run.corpora)]
-            blocks += _acceptance_table(model, bought)
+        blocks += _acceptance_table(model, run.of(model))
+        if bought:
             blocks += [_peers_table(run, model, corpus) for corpus in run.corpora]
     if not blocks:
         return []
@@ -556,9 +558,9 @@ def _field_row(match: Match, documents: Mapping[str, Mapping[str, Any]], corpus:
     )
 
 
-def _acceptance_table(model: str, bought: Mapping[str, Mapping[str, Any]]) -> list[Block]:
+def _acceptance_table(model: str, documents: Mapping[str, Mapping[str, Any]]) -> list[Block]:
     """How mixed widths did against uniform ones on the validation text, where the allocation asked."""
-    asked = {m: d["allocation"]["acceptance"] for m, d in bought.items() if d["allocation"].get("acceptance")}
+    asked = {m: a for m, d in documents.items() if (a := d.get("allocation", {}).get("acceptance"))}
     if not asked:
         return []
     rows = [

@@ -197,11 +197,11 @@ def round_groups_with_feedback(
             rest[stop:].addmm_(found.upper[start:stop, stop:].T, errors, alpha=-1)
 
 
-def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """Rounding of one column to finite grids: (values, steps, halves) -> codes q, all float32 [out].
+def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Rounding of one column to finite grids: (values, steps, halves, middles) -> codes q, all float32 [out].
 
-    Row r has the 2 halves_r values (q + 1/2) steps_r with -halves_r <= q < halves_r, or zero alone where its step is
-    zero. Rows interact as in `spread_rounding` where `found`, the outputs' factor, is given.
+    Row r has the values (q + middles_r) steps_r with -halves_r <= q < halves_r, or zero alone where its step is zero.
+    Rows interact as in `spread_rounding` where `found`, the outputs' factor, is given.
     """
     if found is None:
         return _nearest
@@ -209,33 +209,36 @@ def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, 
     spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
     kernel = _clipped_kernel()
 
-    def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray) -> np.ndarray:
+    def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
         codes = np.empty_like(values)
-        codes[order] = kernel(values[order], steps[order], halves[order], spread)
+        codes[order] = kernel(values[order], steps[order], halves[order], middles[order], spread)
         return codes
 
     return snap
 
 
-def _nearest(values: np.ndarray, steps: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    codes = np.floor(np.divide(values, steps, out=np.zeros_like(values), where=steps > 0))
-    return np.asarray(np.clip(codes, -halves, halves - 1))
+def _nearest(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
+    scaled = np.divide(values, steps, out=np.zeros_like(values), where=steps > 0)
+    return np.asarray(np.clip(np.floor(scaled + (np.float32(0.5) - middles)), -halves, halves - 1))
 
 
 @cache
-def _clipped_kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+def _clipped_kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     import numba
 
     @numba.njit(  # type: ignore[untyped-decorator]
-        "float32[::1](float32[::1], float32[::1], float32[::1], float32[:, ::1])", nogil=True
+        "float32[::1](float32[::1], float32[::1], float32[::1], float32[::1], float32[:, ::1])", nogil=True
     )
-    def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    def snap(
+        values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray, spread: np.ndarray
+    ) -> np.ndarray:
         codes = np.empty_like(values)
         for r in range(len(values)):
             code, error = -halves[r], values[r]
             if steps[r] > 0:
-                code = min(max(np.floor(values[r] / steps[r]), -halves[r]), halves[r] - np.float32(1))
-                error = values[r] - (code + np.float32(0.5)) * steps[r]
+                code = np.floor(values[r] / steps[r] + (np.float32(0.5) - middles[r]))
+                code = min(max(code, -halves[r]), halves[r] - np.float32(1))
+                error = values[r] - (code + middles[r]) * steps[r]
             codes[r] = code
             for later in range(r + 1, len(values)):
                 values[later] -= error * spread[r, later]

@@ -4,12 +4,14 @@ The columns of a matrix are put into rounding order (act-order, see `feedback`) 
 `rows` x `columns` (16 x 128); the last ones are padded. A tile's width b is one of 0, 1, 2, 3, 4, 5, 6, 8 bits, each of
 its rows has a step s, and a code c in [0, 2^b) stands for
 
-    w = s * (c - (2^b - 1) / 2),    s = 2^((base + tile + row - 1) / 8), or 0 where row = 0
+    w = s * (c - m),    s = 2^((base + tile + row - 1) / 8), or 0 where row = 0
+                        m = (2^b - 1) / 2 where tile + row is even, 2^b / 2 where it is odd
 
-Grids are symmetric, so there are no zeros to store: a row's weights have a mean of 0.01 to 0.06 of their spread. Steps
-cost a nibble (`row`, 0..15) and a byte for a tile (`tile`): 0.035 bits a weight, where float16 took 0.125. `base` is
-the matrix's, in the manifest. For activations x in column order, y_r = sum over tiles of s * (sum c x - (2^b - 1) / 2
-sum x); a tile of width 0 adds nothing, nor does a row of step 0.
+Steps cost a nibble (`row`, 0..15) and a byte for a tile (`tile`): 0.035 bits a weight, where float16 took 0.125; `base`
+is the matrix's, in the manifest. No zeros are stored, since a row's weights have a mean of 0.01 to 0.06 of their
+spread; but of two neighbouring steps one has a grid that is symmetric, which is best for normal weights at few bits,
+and the other one with zero in it, which saves the others where one weight stands out. For activations x in the order of
+columns, y_r = sum over tiles of s (sum c x - m sum x); a tile of width 0 adds nothing, nor does a row of step 0.
 
 Arrays, all uint8. R rows and C columns in a tile, S = ceil(out / R) strips of rows, T = ceil(in / C) tiles in a strip.
 In a strip, tiles stand by rising width, those of equal width by rising k; strips follow in row order.
@@ -59,9 +61,13 @@ LARGEST_SIDE = 4096  # of a tile
 # Steps of 1/8 octave that are tried, from the one that clips nothing downwards. Of 128 normal weights the best lies 6
 # below at 1 bit, 4 at 2 bits, 1 at 3 bits.
 TRIES = {1: 14, 2: 14, 3: 11, 4: 8, 5: 6, 6: 5, 8: 4}
-# As in `coded`. On the reference model at 2.5 bits, rise in loss by damping: DAMPTABLE
+# Of the outputs' mean Fisher information, as in `coded`. On the reference model at 2.5 bits, rise in loss by damping,
+# width 0 left out: 0.5: 0.261, 1: 0.272, 2: 0.303.
 OUTPUT_DAMPING = 0.5
-LARGEST_EXPONENT = 50.0
+# How much more a row's damage counts that loses all of its weights. Without it the market empties tiles that the
+# quadratic model holds for dead. On the reference model, rise in loss by BEYOND at 2.5 bits and 3.25 bits:
+# 0: 0.398, -; 4: 0.259, 0.077; 8: 0.262, 0.078.
+BEYOND = 4.0
 CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 
 
@@ -131,7 +137,6 @@ class _LossModel:
     power: Tensor  # float32 [in], mean 1: 1 / U_cc^2
     rows: Tensor  # float64 [out], for weights of at most 1
     spread: feedback.Factor | None  # how errors act on later rows, where rows interact
-    logits: float | None  # from power's unit to squared logits, where the outputs are logits
 
 
 def _loss_model(job: Job, exponent: int) -> _LossModel:
@@ -149,8 +154,7 @@ def _loss_model(job: Job, exponent: int) -> _LossModel:
         rows = rows + 0.5 * float(rows[rows > 0].min())  # a row that was never looked up counts as half a lookup
     power = columns.upper.diagonal().double() ** -2
     unit = float(power.mean()) * 4.0**exponent
-    head = job.tensor.part in ("embedding", "head") and statistics.second_moment is not None and spread is None
-    return _LossModel(columns, (power / power.mean()).float(), rows * unit, spread, unit if head else None)
+    return _LossModel(columns, (power / power.mean()).float(), rows * unit, spread)
 
 
 def _normalized(job: Job) -> tuple[Tensor, int]:
@@ -165,21 +169,22 @@ def _normalized(job: Job) -> tuple[Tensor, int]:
 # --- grids ---------------------------------------------------------------------------------------------------------
 
 
-def _error(groups: Tensor, power: Tensor, steps: Tensor, halves: Tensor) -> Tensor:
-    """Weighted squared rounding error [...] of groups [..., columns] on grids of 2 halves steps."""
-    steps, halves = steps.unsqueeze(-1), halves.unsqueeze(-1)
-    rounded = (groups / steps).floor_().clamp_(-halves, halves - 1).add_(0.5).mul_(steps)
-    return rounded.sub_(groups).square_() @ power
+def _error(groups: Tensor, power: Tensor, eighths: Tensor, halves: Tensor) -> Tensor:
+    """Weighted squared rounding error [...] of groups [..., columns] on grids of 2 halves steps of 2^(eighths / 8)."""
+    steps, middles = _power_of_two(eighths).unsqueeze(-1), _middle(eighths).unsqueeze(-1)
+    halves = halves.unsqueeze(-1)
+    codes = (groups / steps).add_(0.5 - middles).floor_().clamp_(-halves, halves - 1)
+    return codes.add_(middles).mul_(steps).sub_(groups).square_() @ power
 
 
 def _fit(groups: Tensor, power: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The best steps of groups [..., columns]: log2 in eighths, a whole float32 [...], and their errors [...]."""
     halves = torch.full(groups.shape[:-1], 2.0 ** (bits - 1))
     peak = groups.abs().amax(-1).clamp(min=2.0**-LIMIT)
-    first = torch.ceil(STEPS_PER_OCTAVE * torch.log2(peak / halves))
+    first = torch.ceil(STEPS_PER_OCTAVE * torch.log2(peak / halves)) + 1
     best, least = first, torch.full_like(first, torch.inf)
     for i in range(TRIES[bits]):
-        error = _error(groups, power, _power_of_two(first - i), halves)
+        error = _error(groups, power, first - i, halves)
         best = torch.where(error < least, first - i, best)
         least = torch.minimum(error, least)
     return best, least
@@ -199,14 +204,24 @@ def _fit_tiles(groups: Tensor, power: Tensor, widths: Tensor, rows: int) -> tupl
     strips = torch.nn.functional.pad(best, (0, -len(best) % rows), value=-1e9).view(-1, rows)
     tile = (strips.amax(1, keepdim=True) + OFFSET - (LEVELS - 1)).clamp(0, TOP)
     row = (strips + OFFSET - tile).clamp(0, LEVELS - 1)
-    steps = _power_of_two(row + tile - OFFSET).view(-1)[: len(groups)]
-    useful = (_error(groups, power, steps, torch.exp2(widths - 1)) < nothing) & (widths > 0)
+    eighths = (row + tile - OFFSET).view(-1)[: len(groups)]
+    useful = (_error(groups, power, eighths, torch.exp2(widths - 1)) < nothing) & (widths > 0)
     row = torch.where(_padded(useful, rows, 0).view(-1, rows), row + 1, 0)
     return tile[:, 0].to(torch.uint8).numpy(), row.to(torch.uint8).numpy()
 
 
 def _power_of_two(eighths: Tensor) -> Tensor:
     return torch.exp2(eighths.double() / STEPS_PER_OCTAVE).float()
+
+
+def _middle(eighths: Tensor) -> Tensor:
+    """Of the value of code 0 of a grid that is cut about zero, in steps: 1/2 or 0."""
+    return 0.5 * (1 - eighths.remainder(2))
+
+
+def _middles(tile: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """As `_middle`, of bytes [...] and nibbles [..., rows]: float32 [..., rows]."""
+    return np.where((tile[..., None] + row) % 2, np.float32(0), np.float32(0.5))
 
 
 def _steps(tile: np.ndarray, row: np.ndarray, base: int) -> np.ndarray:
@@ -231,9 +246,10 @@ def offer(job: Job, settings: Settings) -> Candidates:
         tiled = _tiled(weight[members][:, model.columns.order], cut)
         rows = _padded(model.rows[members], cut.rows, 0).view(-1, cut.rows)
         for t in range(cut.tiles):
+            nothing = tiled[t].square() @ power[t]
             for i, bits in enumerate(settings.widths):
-                error = _fit(tiled[t], power[t], bits)[1] if bits else tiled[t].square() @ power[t]
-                damage = 0.5 * (rows * _beyond_local(error.double(), model, cut.tiles)).sum(1)
+                error = _fit(tiled[t], power[t], bits)[1] if bits else nothing
+                damage = 0.5 * (rows * _beyond_local(error, nothing)).sum(1)
                 distortion[start : start + step, t, i] = damage.numpy()
     sizes = np.array([cut.bytes_of(bits) for bits in settings.widths], np.float64)
     sizes += sum(cut.map_bytes) / (cut.strips * cut.tiles)
@@ -248,17 +264,13 @@ def offer(job: Job, settings: Settings) -> Candidates:
     )
 
 
-def _beyond_local(error: Tensor, model: _LossModel, tiles: int) -> Tensor:
-    """Where outputs are logits, what an error does to the loss beyond its second order; the error itself elsewhere.
+def _beyond_local(error: Tensor, nothing: Tensor) -> Tensor:
+    """error (1 + BEYOND error / nothing), float64 [...]: what loses much of itself leaves the quadratic model's range.
 
-    Noise of variance v on the logit of a token of small probability p costs p (exp(v / 2) - 1), not p v / 2. A row that
-    loses all of its bits has a logit of 0, and a rare token would become a likely one. Of a row's variance one tile
-    sees its own share, and takes the others' to be alike.
+    `nothing` is the error of zeros in a row's place.
     """
-    if model.logits is None:
-        return error
-    unit = 0.5 * tiles * model.logits
-    return torch.expm1((unit * error).clamp(max=LARGEST_EXPONENT)) / unit
+    share = (error / nothing).nan_to_num(0, 0, 0).clamp(max=1)
+    return error.double() * (1 + BEYOND * share)
 
 
 def _lengths(length: int, size: int) -> np.ndarray:
@@ -291,21 +303,21 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
     snap, out = feedback.clipped_rounding(model.spread), cut.shape[0]
-    steps = halves = np.empty(0, np.float32)
+    steps = halves = middles = np.empty(0, np.float32)
 
     def begin(group: int, columns: Tensor) -> None:
-        nonlocal steps, halves
+        nonlocal steps, halves, middles
         own = np.repeat(widths[:, group], cut.rows)[:out].astype(np.float32)
         power = model.power[group * cut.columns :][: cut.columns]
         found = _fit_tiles(columns.T.contiguous(), power, torch.from_numpy(own), cut.rows)
         tile[:, group], row[:, group] = found
         steps = _steps(*found, -OFFSET).reshape(-1)[:out]
-        halves = np.where(steps > 0, np.exp2(own - 1), 0).astype(np.float32)
+        halves, middles = np.exp2(own - 1) * (steps > 0), _middles(*found).reshape(-1)[:out]
 
     def quantize(place: int, values: Tensor) -> Tensor:
-        found = snap(values.numpy(), steps, halves)
+        found = snap(values.numpy(), steps, halves, middles)
         codes[place, :out] = found + halves
-        return torch.from_numpy((found + np.float32(0.5)) * steps)
+        return torch.from_numpy((found + middles) * steps)
 
     feedback.round_groups_with_feedback(weight, model.columns, cut.columns, begin, quantize)
     places = _file_order(widths)
@@ -419,13 +431,14 @@ def decode(packed: PackedTensor) -> Tensor:
     places = _file_order(widths)
     nibbles = len(places[0]) * cut.nibble_bytes
     codes, scales = _bytes(packed, "codes", total), _bytes(packed, "scales", nibbles + len(places[0]))
-    steps = np.zeros((*widths.shape, cut.rows), np.float32)
-    steps[places] = _steps(scales[nibbles:], _unpack_nibbles(scales[:nibbles], cut.rows), packed.scalars["base"])
+    tile, row = scales[nibbles:], _unpack_nibbles(scales[:nibbles], cut.rows)
+    steps, middles = (np.zeros((*widths.shape, cut.rows), np.float32) for _ in range(2))
+    steps[places], middles[places] = _steps(tile, row, packed.scalars["base"]), _middles(tile, row)
     weight = np.zeros((cut.strips, cut.rows, cut.tiles, cut.columns), np.float32)
     for bits in TILE_WIDTHS[1:]:
-        middle = np.float32((2**bits - 1) / 2)
         for strips, ks, at in _of_width(widths, starts, bits, cut):
-            found = _unpack_tiles(codes[at], bits, cut.rows).astype(np.float32) - middle
+            found = _unpack_tiles(codes[at], bits, cut.rows).astype(np.float32)
+            found += middles[strips, ks][..., None] - np.float32(2 ** (bits - 1))
             weight[strips, :, ks] = found * steps[strips, ks][..., None]
     result = np.empty(cut.shape, np.float32)
     result[:, order] = weight.reshape(cut.strips * cut.rows, -1)[: cut.shape[0], : cut.shape[1]]

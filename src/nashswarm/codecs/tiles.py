@@ -27,9 +27,9 @@ A plane of p bits has P = C p / 8 bytes for every row; byte k0 holds the bits of
 lie as [P / 4][R][4]: byte k0 of row r is at ((k0 // 4) R + r) 4 + k0 % 4. So 64 bytes are 16 rows x 4 k for a vector
 unit, and an int32 is four codes of one row at a time.
 
-What is bought is what is measured: a tile's damage is 1/2 sum_rc rows_r (e_rc / U_cc)^2, e the rounding error on
-grids of its own, searched with these weights. When a group of columns comes up in rounding, its grids are fitted once
-more, to the weights as feedback left them.
+The market sees a tile's damage as 1/2 sum_rc rows_r (e_rc / U_cc)^2, e the rounding error on grids of its own that are
+searched with these weights, and a surcharge where a row loses much of itself (`_beyond_local`). When a group of columns
+comes up in rounding, its grids are fitted once more, to the weights as feedback left them.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ TRIES = {1: 14, 2: 14, 3: 11, 4: 8, 5: 6, 6: 5, 8: 4}
 # width 0 left out: 0.5: 0.261, 1: 0.272, 2: 0.303.
 OUTPUT_DAMPING = 0.5
 # How much more a row's damage counts that loses all of its weights. Without it the market empties tiles that the
-# quadratic model holds for dead. On the reference model, rise in loss by BEYOND at 2.5 bits and 3.25 bits:
-# 0: 0.398, -; 4: 0.259, 0.077; 8: 0.262, 0.078.
+# quadratic model holds for dead. On the reference model, rise in loss by BEYOND at 2.5 and at 3.25 bits: 0: 0.375 and
+# 0.100, 4: 0.259 and 0.077, 8: 0.262 and 0.078.
 BEYOND = 4.0
 CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 

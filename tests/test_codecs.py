@@ -24,7 +24,7 @@ from torch import Tensor
 from nashswarm import feedback
 from nashswarm.allocators import percentile
 from nashswarm.bitpack import unpack
-from nashswarm.codecs import classes, coded, gptq, grouped, kept, source, uniform
+from nashswarm.codecs import classes, coded, gptq, grouped, kept, source, tiles, uniform
 from nashswarm.config import load_room
 from nashswarm.types import Choice, Job, NashSwarmError, Offer, PackedTensor, Part, Statistics, TensorSpec
 
@@ -188,6 +188,18 @@ class Row:
     settings: tuple[dict[str, Any], ...] = field(default=({},))
 
 
+def tiled(*widths: int) -> Callable[[Tensor], Choice]:
+    """Tiles of 16 x 128 that take the widths in turn, a strip after the other."""
+
+    def choose(importance: Tensor) -> Choice:
+        strips, tiles = -(-importance.shape[0] // 16), -(-importance.shape[1] // 128)
+        digits = "".join(str(widths[i % len(widths)]) for i in range(strips * tiles))
+        return Choice(tiles=tuple(digits[i : i + tiles] for i in range(0, strips * tiles, tiles)))
+
+    return choose
+
+
+TILES = {f"{b} bits": tiled(b) for b in tiles.TILE_WIDTHS} | {"mixed": tiled(4, 0, 8, 1, 3, 2, 6, 5)}
 STEPS = {f"step 2^{k}": lambda importance, k=k: Choice(step=float(k)) for k in (-8, -6, -4, 0)}  # type: ignore[misc]
 GROUPS: tuple[dict[str, Any], ...] = ({}, {"group": 48}, {"group": 1}, {"group": 1000}, {"clip_search": False})
 ROWS: dict[str, Row] = {
@@ -197,6 +209,7 @@ ROWS: dict[str, Row] = {
     "grouped": Row(bits_of(grouped.WIDTHS), half_a_step_of_the_group, GROUPS),
     "gptq": Row(bits_of(gptq.WIDTHS), no_worse_than_nothing, ({}, {"group": 48})),
     "coded": Row(STEPS, half_a_step_after_feedback),
+    "tiles": Row(TILES, no_worse_than_nothing),
 }
 STORES_NOTHING = {"source"}  # the baseline: tested by itself below
 NAMES = sorted(p.stem for p in (PROJECT / "src/nashswarm/codecs").glob("*.py") if p.stem != "__init__")
@@ -538,10 +551,10 @@ def test_a_scale_beyond_float16_is_refused() -> None:
 # --- gptq and coded ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gptq", "coded"])
+@pytest.mark.parametrize("name", ["gptq", "coded", "tiles"])
 def test_codecs_with_feedback_name_missing_statistics(name: str) -> None:
     room = load_room("codecs", name)
-    choice = Choice(bits=4) if name == "gptq" else Choice(step=-6.0)
+    choice = {"gptq": Choice(bits=4), "coded": Choice(step=-6.0), "tiles": Choice(tiles=("4",))}[name]
     for found in (None, Statistics()):
         job = dataclasses.replace(job_of(normal(4, 8), choice), statistics=found)
         with pytest.raises(NashSwarmError, match=re.escape(NAME)):

@@ -164,3 +164,84 @@ def _kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         return codes
 
     return snap  # type: ignore[no-any-return]
+
+
+def round_groups_with_feedback(
+    weight: Tensor,
+    found: Factor,
+    size: int,
+    begin: Callable[[int, Tensor], None],
+    quantize: Callable[[int, Tensor], Tensor],
+) -> None:
+    """As `round_with_feedback`, by groups of `size` columns in rounding order, each announced before it is rounded.
+
+    Arguments: `begin(group, columns)` sees a group's columns, float32 [size or fewer, out], as the errors of earlier
+    groups left them, and may fit grids to them; `quantize(place, values)` rounds the column at a place of the rounding
+    order. Nothing is kept beside the weights themselves.
+    """
+    columns = len(found.order)
+    rest = weight.T[found.order].contiguous()  # [in, out]: a column is contiguous
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        upper = found.upper[start:stop, start:stop]
+        diagonal = upper.diagonal().tolist()
+        begin(start // size, rest[start:stop])
+        errors = torch.empty_like(rest[start:stop])
+        for i in range(start, stop):
+            error = errors[i - start]
+            torch.sub(rest[i], quantize(i, rest[i]), out=error)
+            error.div_(diagonal[i - start])
+            if i + 1 < stop:
+                rest[i + 1 : stop].addr_(upper[i - start, i - start + 1 :], error, alpha=-1)
+        if stop < columns:
+            rest[stop:].addmm_(found.upper[start:stop, stop:].T, errors, alpha=-1)
+
+
+def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Rounding of one column to finite grids: (values, steps, halves, middles) -> codes q, all float32 [out].
+
+    Row r has the values (q + middles_r) steps_r with -halves_r <= q < halves_r, or zero alone where its step is zero.
+    Rows interact as in `spread_rounding` where `found`, the outputs' factor, is given.
+    """
+    if found is None:
+        return _nearest
+    order = found.order.numpy()
+    spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
+    kernel = _clipped_kernel()
+
+    def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
+        codes = np.empty_like(values)
+        codes[order] = kernel(values[order], steps[order], halves[order], middles[order], spread)
+        return codes
+
+    return snap
+
+
+def _nearest(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
+    scaled = np.divide(values, steps, out=np.zeros_like(values), where=steps > 0)
+    return np.asarray(np.clip(np.floor(scaled + (np.float32(0.5) - middles)), -halves, halves - 1))
+
+
+@cache
+def _clipped_kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    import numba
+
+    @numba.njit(  # type: ignore[untyped-decorator]
+        "float32[::1](float32[::1], float32[::1], float32[::1], float32[::1], float32[:, ::1])", nogil=True
+    )
+    def snap(
+        values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray, spread: np.ndarray
+    ) -> np.ndarray:
+        codes = np.empty_like(values)
+        for r in range(len(values)):
+            code, error = -halves[r], values[r]
+            if steps[r] > 0:
+                code = np.floor(values[r] / steps[r] + (np.float32(0.5) - middles[r]))
+                code = min(max(code, -halves[r]), halves[r] - np.float32(1))
+                error = values[r] - (code + middles[r]) * steps[r]
+            codes[r] = code
+            for later in range(r + 1, len(values)):
+                values[later] -= error * spread[r, later]
+        return codes
+
+    return snap  # type: ignore[no-any-return]

@@ -23,7 +23,8 @@ FOUNDATION: dict[str, set[str]] = {
     "types": set(),
     "bitpack": set(),
     "rans": set(),
-    "entropy": {"rans"},
+    "trellis": {"rans"},
+    "entropy": {"rans", "trellis"},
     "feedback": {"types"},
 }
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.

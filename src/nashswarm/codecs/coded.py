@@ -164,7 +164,7 @@ class _Rounded:
 
 def encode_all(jobs: Iterable[Job], settings: Settings) -> Iterator[tuple[str, PackedTensor]]:
     """Round every matrix, fit the common tables, code every matrix."""
-    rounded, histogram = [], np.zeros((entropy.CLASSES, SYMBOLS), np.int64)
+    rounded, histogram = [], np.zeros((entropy.TABLES, SYMBOLS), np.int64)
     for job in jobs:
         rounded.append(_round(job, settings))
         histogram += entropy.histogram(rounded[-1].codes.astype(np.int32), *rounded[-1].contexts)

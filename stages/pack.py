@@ -14,7 +14,9 @@ def main(params: Params, model: str, method: str) -> None:
     set_threads(params)
     recipe = read_recipe(LAYOUT.methods / f"{method}.json")
     allocation = artifacts.read_allocation(LAYOUT.allocation(model, method))
-    quantize.pack(quantize.open_model(LAYOUT, model), recipe, allocation, LAYOUT.packed(model, method), progress)
+    ids = artifacts.read_tokens(LAYOUT.download(model), params.active.calibration, "calibration").ids
+    opened = quantize.open_model(LAYOUT, model)
+    quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress)
 
 
 if __name__ == "__main__":

@@ -313,5 +313,6 @@ def _choice(raw: Mapping[str, Any]) -> Choice:
         classes=tuple(raw["classes"]),
         thresholds=tuple(raw["thresholds"]),
         step=raw["step"],
+        size=raw["size"],
         tiles=tuple(raw["tiles"]),
     )

@@ -76,8 +76,8 @@ def _double(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).double()
 
 
-def factor(moment: Tensor, name: str, damping: float = DAMPING) -> Factor:
-    """Order the columns by falling input power (act-order) and factor the inverse moment, float64 inside.
+def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool = True) -> Factor:
+    """Order the columns by falling input power (act-order; else as they are) and factor the inverse moment, in float64.
 
     Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
     moment that is not finite.
@@ -87,7 +87,7 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING) -> Factor:
             f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
         )
     power = moment.diagonal()
-    order = power.argsort(descending=True, stable=True)
+    order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power))
     permuted = moment[order][:, order]
     mean = max(float(power.mean()), 1e-30)
     while damping <= 1e6:
@@ -129,41 +129,15 @@ def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, 
     return result.T.contiguous()
 
 
-def spread_rounding(found: Factor) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Rounding of one column whose rows interact, too: (values, steps) -> codes, all float32 [out].
+def spread(found: Factor) -> np.ndarray:
+    """What a unit of error in one row takes from the targets of later rows, float32 [out, out], in rounding order.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
     rounding error of an element after those before it, in its column and in columns before, have handed theirs on
     (YAQA, Tseng et al. 2025, arXiv:2505.22988). Towards later columns a column acts by its values minus its rounded
     values, as it does without interaction of rows; so this slots into `round_with_feedback`.
     """
-    order = found.order.numpy()
-    spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
-    kernel = _kernel()
-
-    def snap(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        codes = np.empty_like(values)
-        codes[order] = kernel(values[order], steps[order], spread)
-        return codes
-
-    return snap
-
-
-@cache
-def _kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    import numba
-
-    @numba.njit("float32[::1](float32[::1], float32[::1], float32[:, ::1])", nogil=True)  # type: ignore[untyped-decorator]
-    def snap(values: np.ndarray, steps: np.ndarray, spread: np.ndarray) -> np.ndarray:
-        codes = np.empty_like(values)
-        for r in range(len(values)):
-            codes[r] = np.rint(values[r] / steps[r])
-            error = values[r] - codes[r] * steps[r]
-            for later in range(r + 1, len(values)):
-                values[later] -= error * spread[r, later]
-        return codes
-
-    return snap  # type: ignore[no-any-return]
+    return np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
 
 
 def round_groups_with_feedback(
@@ -201,17 +175,16 @@ def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, 
     """Rounding of one column to finite grids: (values, steps, halves, middles) -> codes q, all float32 [out].
 
     Row r has the values (q + middles_r) steps_r with -halves_r <= q < halves_r, or zero alone where its step is zero.
-    Rows interact as in `spread_rounding` where `found`, the outputs' factor, is given.
+    Rows interact as `spread` says where `found`, the outputs' factor, is given.
     """
     if found is None:
         return _nearest
-    order = found.order.numpy()
-    spread = np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
+    order, interaction = found.order.numpy(), spread(found)
     kernel = _clipped_kernel()
 
     def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
         codes = np.empty_like(values)
-        codes[order] = kernel(values[order], steps[order], halves[order], middles[order], spread)
+        codes[order] = kernel(values[order], steps[order], halves[order], middles[order], interaction)
         return codes
 
     return snap

@@ -23,6 +23,8 @@ def document(
     Tables and series are lists: DVC shows and compares numbers and texts, and passes over lists.
     """
     allocation = dict(packed.provenance.certificate)
+    if allocation.get("price") is not None:
+        allocation["bought_bytes"] = packed.size.file_bytes
     if tensors := tensor_rows(packed, index):
         allocation["tensors"] = tensors
     return {

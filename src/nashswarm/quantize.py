@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from nashswarm import artifacts, packed
 from nashswarm.config import Method, load_room
-from nashswarm.models import Checkpoint
+from nashswarm.models import Checkpoint, load_original
 from nashswarm.packed import Provenance, write_packed
+from nashswarm.propagation import Aim, Propagation
 from nashswarm.recipes import KEPT, method_document
 from nashswarm.types import (
     Allocation,
@@ -29,7 +34,11 @@ from nashswarm.types import (
 )
 
 BUYING_ROUNDS = 8
-CLOSE = 0.0005  # share of the budget that may stay unspent
+PACKING_ROUNDS = 3
+CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bought
+SLACK = 0.001  # and when they are packed
+STEERING = 0.25  # octaves by which a packing may correct steps
+PASS_TOKENS = 2048  # per forward pass
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +78,9 @@ def allocate(model: Model, method: Method, progress: Progress) -> Allocation:
 def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
     """Allocate, write the packed files, compare their bytes with the budget, correct the estimate by the difference.
 
-    Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant, so a
-    few rounds meet the budget. Raises NashSwarmError where none does.
+    Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant. Where
+    options are continuous one round is enough, because `pack` steers by the sizes that are noted in the choices.
+    Raises NashSwarmError where no round meets the budget.
     """
     allocator, parameters = load_room("allocators", method.allocator), model.index.parameters
     asked = allocator.asked_bytes(method.allocator_settings, parameters)
@@ -79,51 +89,94 @@ def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
     for _ in range(BUYING_ROUNDS):
         ledger = allocator.Ledger(parameters, overhead)
         allocation: Allocation = allocator.allocate(offers, method.allocator_settings, ledger)
-        bought = _packed_bytes(model, method, allocation)
-        allocation = dataclasses.replace(allocation, bought_bytes=bought)
+        bought, sizes = _trial(model, method, allocation)
         logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
         if asked is None or 0 <= asked - bought <= CLOSE * asked:
-            return allocation
+            return _sized(dataclasses.replace(allocation, bought_bytes=bought), sizes)
         if most < bought <= asked:
             best, most = allocation, bought
         overhead += bought - asked + CLOSE / 2 * asked
+        if sizes:
+            better = allocator.allocate(offers, method.allocator_settings, allocator.Ledger(parameters, overhead))
+            grown = {n: sizes[n] + better.choices[n].size - allocation.choices[n].size for n in sizes}
+            return _sized(better, grown)
     if best is None:
         raise NashSwarmError(f"methods.{method.name}.budget: {asked} bytes could not be met; the closest was {bought}")
-    return best
+    return dataclasses.replace(best, bought_bytes=most)
 
 
-def _packed_bytes(model: Model, method: Method, allocation: Allocation) -> int:
-    """Size of the packed model as `pack` would write it, by writing it."""
+def _trial(model: Model, method: Method, allocation: Allocation) -> tuple[int, dict[str, float]]:
+    """Bytes of the packed model, by writing it; and of each matrix' codes, where its codec rounds before it codes.
+
+    Nothing is fitted to a quantized prefix here: that moves sizes by some thousandths and takes the most time.
+    """
+    course = Course(Plain(model), allocation, steer=False)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
-        pack(
-            model,
-            method,
-            dataclasses.replace(allocation, bought_bytes=0),
-            Path(scratch) / "packed",
-            lambda items, _: items,
-        )
-        return packed.file_bytes(Path(scratch) / "packed")
+        directory = Path(scratch) / "packed"
+        _write(model, method, allocation, directory, course, lambda items, _: items)
+        return packed.file_bytes(directory), course.sizes
+
+
+def _sized(allocation: Allocation, sizes: Mapping[str, float]) -> Allocation:
+    choices = {n: dataclasses.replace(c, size=sizes.get(n)) for n, c in allocation.choices.items()}
+    return dataclasses.replace(allocation, choices=choices)
+
+
+# --- packing -------------------------------------------------------------------------------------------------------
+
+
+def pack(
+    model: Model, method: Method, allocation: Allocation, ids: np.ndarray, directory: Path, progress: Progress
+) -> None:
+    """Encode every tensor and write the packed directory, within the budget.
+
+    Arguments: `ids`, int32 [tokens], the calibration text, for methods that fit matrices to the quantized prefix.
+    Raises NashSwarmError where the files would exceed the budget.
+    """
+    tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
+    reserve = 0.0
+    for _ in range(PACKING_ROUNDS):
+        walk = _propagation(model, ids, tokens) if tokens else Plain(model)
+        course = Course(walk, allocation, reserve=reserve)
+        _write(model, method, allocation, directory, course, progress)
+        bought = packed.file_bytes(directory)
+        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * asked:
+            break
+        logger.info("%d bytes packed, %d asked: once more", bought, asked)
+        reserve += bought - asked * (1 - CLOSE / 2)
+    if asked is not None and bought > asked:
+        shutil.rmtree(directory)
+        raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; run it again")
 
 
 def encode(
-    model: Model, method: Method, allocation: Allocation, progress: Progress
+    model: Model, method: Method, allocation: Allocation, course: Course, progress: Progress
 ) -> Iterator[tuple[str, PackedTensor]]:
     """Every matrix of the model, packed: those in scope by the method's codec, the others kept as they are."""
     codec, kept = load_room("codecs", method.codec), load_room("codecs", KEPT)
-    tensors = progress(model.index.tensors, "pack")
-    if hasattr(codec, "encode_all"):
-        jobs = (_job(model, t, method, allocation.choices[t.name]) for t in tensors if t.name in allocation.choices)
-        yield from codec.encode_all(jobs, method.codec_settings)
-        tensors = [t for t in model.index.tensors if t.name not in allocation.choices]
-    for tensor in tensors:
+    two_passes = hasattr(codec, "round_one")
+    rounded = []
+    for tensor in progress(course.walk.order(), "pack"):
         choice = allocation.choices.get(tensor.name)
-        job = _job(model, tensor, method, choice or Choice())
-        yield tensor.name, codec.encode(job, method.codec_settings) if choice else kept.encode(job, kept.Settings())
+        if choice is None:
+            yield tensor.name, kept.encode(_job(model, tensor, method, Choice()), kept.Settings())
+            continue
+        job = course.job(_job(model, tensor, method, choice))
+        if two_passes:
+            rounded.append(codec.round_one(job, method.codec_settings))
+            course.settle(tensor, rounded[-1].weight, rounded[-1].size)
+        else:
+            item = codec.encode(job, method.codec_settings)
+            course.settle(tensor, functools.partial(codec.decode, item))
+            yield tensor.name, item
+    if two_passes:
+        yield from codec.assemble(rounded)
 
 
-def pack(model: Model, method: Method, allocation: Allocation, directory: Path, progress: Progress) -> None:
-    """Encode every tensor and write the packed directory."""
-    record = model.record
+def _write(
+    model: Model, method: Method, allocation: Allocation, directory: Path, course: Course, progress: Progress
+) -> None:
+    record, unstored = model.record, ("choices", "bought_bytes")
     provenance = Provenance(
         model=model.name,
         architecture=model.index.architecture,
@@ -132,13 +185,101 @@ def pack(model: Model, method: Method, allocation: Allocation, directory: Path, 
         id=record.id,
         revision=record.revision,
         method={"name": method.name, **method_document(method)},
-        certificate={k: v for k, v in artifacts.allocation_document(allocation).items() if k != "choices"},
+        certificate={k: v for k, v in artifacts.allocation_document(allocation).items() if k not in unstored},
     )
     stored = () if method.codec == "source" else model.index.vectors
-    vectors = ((v, model.checkpoint.vector(v).numpy()) for v in stored)
-    write_packed(
-        directory, provenance, encode(model, method, allocation, progress), vectors, model.checkpoint.directory
-    )
+    vectors = ((v, course.walk.vector(v.name)) for v in stored)  # after all matrices: their biases may have moved
+    tensors = encode(model, method, allocation, course, progress)
+    write_packed(directory, provenance, tensors, vectors, model.checkpoint.directory)
+
+
+# --- the order of things -------------------------------------------------------------------------------------------
+
+
+class Walk(Protocol):
+    """An order in which matrices are quantized, and what each of them aims at once those before it are."""
+
+    def order(self) -> list[TensorSpec]:
+        """All matrices of the model."""
+
+    def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim:
+        """Where to round a matrix to; `weight` is the original's."""
+
+    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
+        """What became of it."""
+
+    def vector(self, name: str) -> np.ndarray:
+        """A vector of the model as it is to be stored, float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Every matrix aims at itself."""
+
+    model: Model
+
+    def order(self) -> list[TensorSpec]:
+        """As the model lists them."""
+        return list(self.model.index.tensors)
+
+    def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim:
+        """At the original."""
+        return Aim(weight)
+
+    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
+        """Nothing follows."""
+
+    def vector(self, name: str) -> np.ndarray:
+        """The original's."""
+        return self.model.checkpoint.read(name).numpy()
+
+
+def _propagation(model: Model, ids: np.ndarray, tokens: int) -> Propagation:
+    original = load_original(model.checkpoint.directory, model.index)
+    walk = Propagation.prepare(original, model.index, ids, tokens, PASS_TOKENS)
+    walk.start()
+    return walk
+
+
+@dataclasses.dataclass
+class Course:
+    """Holds a packing to the bytes that were bought, by steps a little coarser or finer as it goes."""
+
+    walk: Walk
+    allocation: Allocation
+    reserve: float = 0.0  # bytes to stay below what was bought
+    steer: bool = True
+    sizes: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes of codes so far
+
+    def job(self, job: Job) -> Job:
+        """The same, aimed, and with its step corrected."""
+        aim = self.walk.aim(job.tensor, job.weight)
+        choice, statistics = job.choice, job.statistics
+        if choice.step is not None and self.steer:
+            choice = dataclasses.replace(choice, step=choice.step + self._correction())
+        if aim.second_moment is not None and statistics is not None:
+            statistics = dataclasses.replace(statistics, second_moment=aim.second_moment)
+        return dataclasses.replace(job, weight=aim.weight, choice=choice, statistics=statistics)
+
+    def settle(self, tensor: TensorSpec, weight: Callable[[], Tensor], size: float | None = None) -> None:
+        """Note what a matrix took, and hand its values on."""
+        if size is not None:
+            self.sizes[tensor.name] = size
+        if not isinstance(self.walk, Plain):
+            self.walk.settle(tensor, weight())
+
+    def _correction(self) -> float:
+        """log2 of the factor on the steps of the matrices to come that leads to the bytes that were bought."""
+        expected = {n: c.size for n, c in self.allocation.choices.items() if c.size is not None}
+        rest = {t.name: t.weights for t in self.walk.order() if t.name in expected and t.name not in self.sizes}
+        if not rest:
+            return 0.0
+        inside = {t.name for t in self.walk.order() if t.layer is not None}
+        seen = [n for n in self.sizes if n in inside and n in expected]
+        grown = sum(self.sizes[n] for n in seen) / sum(expected[n] for n in seen) if seen else 1.0
+        left = sum(expected.values()) - self.reserve - sum(self.sizes.values())
+        octaves = 8 * (grown * sum(expected[n] for n in rest) - left) / sum(rest.values())
+        return min(max(octaves, -STEERING), STEERING)
 
 
 def _offer(model: Model, tensor: TensorSpec, method: Method, needs_importance: bool) -> Offer:

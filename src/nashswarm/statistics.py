@@ -13,8 +13,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from nashswarm.blocks import Blocks, replaced_blocks
 from nashswarm.config import Scoring
-from nashswarm.models import block_path
-from nashswarm.types import InputError, ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
+from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +41,7 @@ def gather(
     Arguments: `model` in float32, not training; `ids`, int32 [tokens], of the calibration split.
     Raises InputError where `ids` do not fill a window, NashSwarmError where a matrix was never run.
     """
-    run = _Run.prepare(model, index, ids, scoring)
+    run = _Run.prepare(model, index, ids, scoring.tokens, scoring.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, run.file(Path(scratch)) as inputs:
         lookups = run.forward(inputs, progress)
         gradients = torch.empty(inputs.shape[1:])
@@ -87,28 +86,7 @@ class _Moments:
 
 
 @dataclass
-class _Run:
-    model: PreTrainedModel
-    index: ModelIndex
-    windows: Tensor  # int64 [windows, context]
-    batch: int  # windows per pass
-    blocks: nn.ModuleList
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # of the blocks, for each batch
-
-    @classmethod
-    def prepare(cls, model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, scoring: Scoring) -> _Run:
-        context = min(index.context, 1024)
-        count = min(ids.size, scoring.tokens) // context or min(1, ids.size // context)
-        if not count:
-            raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")
-        windows = torch.from_numpy(ids[: count * context].astype(np.int64)).view(count, context)
-        blocks = model.get_submodule(block_path(model))
-        assert isinstance(blocks, nn.ModuleList)
-        return cls(model, index, windows, max(1, scoring.batch_tokens // context), blocks)
-
-    def batches(self) -> list[slice]:
-        return [slice(i, i + self.batch) for i in range(0, len(self.windows), self.batch)]
-
+class _Run(Blocks):
     @contextmanager
     def file(self, scratch: Path) -> Iterator[Tensor]:
         """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
@@ -128,18 +106,18 @@ class _Run:
         """Statistics of what follows the blocks; fills `gradients` with d loss / d output of the last block."""
         generator = torch.Generator().manual_seed(seed)
         head = self.model.get_output_embeddings()
-        moments = {self._name_of(head): _Moments()}
+        moments = {self.name_of(head): _Moments()}
         for batch in progress(self.batches(), "head"):
             hidden = outputs[batch].clone().requires_grad_()
             with (
-                _replaced_blocks(self.model, self.blocks, hidden),
-                _hooked({self._name_of(head): head}, moments, False),
+                replaced_blocks(self.model, self.blocks, hidden),
+                _hooked({self.name_of(head): head}, moments, False),
             ):
                 logits = self.model(self.windows[batch], use_cache=False).logits.float().flatten(0, 1)
             p = logits.detach().softmax(-1)
             labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
             # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
-            moments[self._name_of(head)].add_fisher((p * (1 - p)).sum(0, dtype=torch.float64))
+            moments[self.name_of(head)].add_fisher((p * (1 - p)).sum(0, dtype=torch.float64))
             functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
@@ -147,14 +125,12 @@ class _Run:
 
     def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
         """Statistics of one block; turns `gradients` from those of its output into those of its input."""
-        block = self.blocks[layer]
-        modules = {self._name_of(m): m for m in block.modules() if _is_projection(m)}
+        modules = self.projections(layer)
         moments = {name: _Moments() for name in modules}
         with _hooked(modules, moments, True):
-            for batch, (arguments, keywords) in zip(self.batches(), self.calls, strict=True):
+            for number, batch in enumerate(self.batches()):
                 hidden = inputs[batch].clone().requires_grad_()
-                output = block(hidden, *arguments, **keywords)
-                (output[0] if isinstance(output, tuple) else output).backward(gradients[batch])
+                self.run(layer, number, hidden).backward(gradients[batch])
                 assert hidden.grad is not None
                 gradients[batch] = hidden.grad
         return moments
@@ -183,19 +159,6 @@ class _Run:
             own = fisher if tensor.shape[1] == width else fisher.mean().expand(tensor.shape[1])
             use = head[tensor.name].statistics(tensor.name) if tensor.name in head else Statistics()
             yield tensor, replace(use, frequency=_float32(per_token), lookup_fisher=_float32(own))
-
-    def _name_of(self, module: nn.Module) -> str:
-        """The canonical name of a module's weight."""
-        return self.names[id(module.weight)]
-
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """Identity of each matrix -> its name."""
-        return {id(self.model.get_parameter(t.name)): t.name for t in self.index.tensors}
-
-
-def _is_projection(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _float32(value: Tensor) -> np.ndarray:
@@ -245,28 +208,6 @@ def _recording(blocks: nn.ModuleList, inputs: Tensor, calls: list[Any]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Stub(nn.Module):
-    """Stands in for all blocks: returns what they returned."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **keywords: Any) -> Tensor:
-        return self.output
-
-
-@contextmanager
-def _replaced_blocks(model: nn.Module, blocks: nn.ModuleList, output: Tensor) -> Iterator[None]:
-    path, _, leaf = block_path(model).rpartition(".")
-    owner = model.get_submodule(path)
-    setattr(owner, leaf, nn.ModuleList([_Stub(output)]))
-    try:
-        yield
-    finally:
-        setattr(owner, leaf, blocks)
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Choice:
     classes: tuple[int, ...] = ()  # bits of each class, in rising importance
     thresholds: tuple[float, ...] = ()  # importance at which the next class begins (len(classes) - 1)
     step: float | None = None  # log2 of the factor on a coded tensor's steps
+    size: float | None = None  # bytes expected of a coded tensor's codes
     tiles: tuple[str, ...] = ()  # a digit per tile: its width in bits; one string for each strip of rows
 
 

@@ -223,7 +223,7 @@ def _allocation(
 
 def _choice(offer: Offer, grid: Candidates, own: np.ndarray) -> Choice:
     if grid.continuous:
-        return Choice(step=-float(grid.options[own[0]]))
+        return Choice(step=-float(grid.options[own[0]]), size=float(grid.size[0, own[0]]))
     digits = "".join(str(int(b)) for b in grid.options[own])
     strips = len(digits) // grid.per_strip
     return Choice(tiles=tuple(digits[i * grid.per_strip : (i + 1) * grid.per_strip] for i in range(strips)))

@@ -1,7 +1,8 @@
-"""Unclipped integer grids with a step for every row and column of the loss model, error feedback, entropy coding.
+"""Unclipped integers with a step for every row and column of the loss model, trellis, error feedback, entropy coding.
 
-A grid of step s costs about h - log2 s bits a weight after entropy coding and leaves an error of s^2 / 12. With
-feedback on both sides (see `feedback`) the loss is 1/2 sum_rc rows_r (e_rc / U_cc)^2; at equal slope -dD/dR, then,
+A grid of step s costs about h - log2 s bits a weight after entropy coding and leaves an error of s^2 / 12 (with the two
+grids of a trellis, 0.8 of it at the same bits: see `trellis`). With feedback on both sides (see `feedback`) the loss is
+1/2 sum_rc rows_r (e_rc / U_cc)^2; at equal slope -dD/dR, then,
 
     s_rc = k * U_cc * rho_r,    rho_r = rows_r^-a / sqrt(mean(rows^(1 - 2a)))
 
@@ -10,21 +11,20 @@ curves. a = 1/2 is the theory for high rates, and is used for projections; table
 since frequencies span four decades and the rarest rows would lose all their bits.
 
 Steps lie on a grid of 1/8 octave, rounded before feedback, so that a column's or a row's takes one byte. Codes are
-any integers. Contexts of the coder are a scale per row and per column (see `entropy`); its tables are common to all
-tensors of the model.
+any integers. Contexts of the coder are a scale per row and per column and the trellis' quantizer (see `entropy`); its
+tables are common to all tensors of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import entropy, feedback
-from nashswarm.rans import SYMBOLS
+from nashswarm import entropy, feedback, trellis
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
@@ -43,10 +43,18 @@ SAMPLE = 1 << 17  # weights per tensor from which its curves are measured
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Exponents a of the rows' weights: of projections, and of tables whose rows are tokens."""
+    """Exponents a of the rows' weights: of projections, and of tables whose rows are tokens; the rest as it says."""
 
     row_exponent: float = 0.5
     token_row_exponent: float = 0.25
+    states: int = 8  # of the trellis: more are slower and a little better
+    prefix_tokens: int = 65536  # of calibration, to fit each matrix to what is quantized before it; 0 for none
+
+    def __post_init__(self) -> None:
+        if self.states not in trellis.POLYNOMIALS:
+            raise ValueError(f"states: {self.states} is none of {', '.join(map(str, trellis.POLYNOMIALS))}")
+        if self.prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens: {self.prefix_tokens} is negative; 0 turns the fitting off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +138,7 @@ def _loss_model(job: Job, settings: Settings) -> _LossModel:
     columns, spread, rows = feedback.factor(curvature.inputs, name), None, curvature.rows
     exponent = settings.token_row_exponent
     if curvature.outputs is not None:
-        spread = feedback.factor(curvature.outputs, name, OUTPUT_DAMPING)
+        spread = feedback.factor(curvature.outputs, name, OUTPUT_DAMPING, act_order=False)
         rows, exponent = spread.step.double() ** -2, settings.row_exponent
     return _LossModel(columns, rows, spread, _steps(columns, rows, exponent))
 
@@ -153,66 +161,75 @@ def _eighths(octaves: Tensor) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rounded:
+class Rounded:
+    """One matrix after rounding, before the coder's tables are known."""
+
     name: str
     shape: tuple[int, int]
     base: int  # of the steps, in 1 / BASE_UNITS octaves
     steps: Steps
+    states: int
     codes: np.ndarray  # int16 or int32 [out, in]
     contexts: tuple[np.ndarray, np.ndarray]  # int8 [out], int8 [in]
+    size: float  # bytes of its codes with tables of its own
+
+    def weight(self) -> Tensor:
+        """The rounded values, float32 [out, in]."""
+        return _values(self.codes.astype(np.int32), self.steps, trellis.machine(self.states))
+
+    def histogram(self) -> np.ndarray:
+        """Of symbols in their contexts."""
+        codes = self.codes.astype(np.int32)
+        return entropy.histogram(codes, *self.contexts, machine=trellis.machine(self.states))
 
 
-def encode_all(jobs: Iterable[Job], settings: Settings) -> Iterator[tuple[str, PackedTensor]]:
-    """Round every matrix, fit the common tables, code every matrix."""
-    rounded, histogram = [], np.zeros((entropy.TABLES, SYMBOLS), np.int64)
-    for job in jobs:
-        rounded.append(_round(job, settings))
-        histogram += entropy.histogram(rounded[-1].codes.astype(np.int32), *rounded[-1].contexts)
-    tables = entropy.fit_tables(histogram)
+def round_one(job: Job, settings: Settings) -> Rounded:
+    """Round one matrix. Raises InputError where its codes leave all bounds, or where it has no statistics."""
+    assert job.choice.step is not None
+    model, machine = _loss_model(job, settings), trellis.machine(settings.states)
+    base = round((model.steps.base + job.choice.step) * BASE_UNITS)
+    steps = Steps(base / BASE_UNITS, model.steps.rows, model.steps.columns)
+    rows, columns = steps.of_rows(), steps.of_columns(0)
+    spread = None if model.spread is None else feedback.spread(model.spread)
+    snap = trellis.rounding(entropy.first_rows(job.tensor.shape), machine, spread)
+    codes = np.empty(job.tensor.shape[::-1], np.int32)
+
+    def quantize(column: int, values: Tensor) -> Tensor:
+        widths = rows * columns[column]
+        largest = float((values / widths).abs().max())
+        if not largest < LARGEST_CODE:
+            raise InputError(f"{job.tensor.name}: codes reach {largest:.3g}, beyond {LARGEST_CODE}; lower the budget")
+        codes[column], rounded = snap(values.numpy(), widths.numpy())
+        return torch.from_numpy(rounded)
+
+    feedback.round_with_feedback(job.weight, model.columns, quantize)
+    array = np.ascontiguousarray(codes.T)
+    contexts = entropy.fit_scales(array)
+    histogram = entropy.histogram(array, *contexts, machine=machine)
+    size = entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
+    small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
+    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, small, contexts, size)
+
+
+def assemble(rounded: Sequence[Rounded]) -> Iterator[tuple[str, PackedTensor]]:
+    """Fit the tables that all matrices have in common, and code every matrix."""
+    tables = entropy.fit_tables(np.sum([item.histogram() for item in rounded], 0))
     shared = {"tables": _bytes(entropy.tables_to_bytes(tables)), "scales": _pack_scales(rounded)}
     position, total = 0, 2 * sum(sum(item.shape) for item in rounded)
     for item in rounded:
-        stream = entropy.encode(item.codes.astype(np.int32), *item.contexts, tables)
-        scalars = {"base": item.base, "position": position, "total": total}
+        machine = trellis.machine(item.states)
+        stream = entropy.encode(item.codes.astype(np.int32), *item.contexts, tables, machine=machine)
+        scalars = {"base": item.base, "position": position, "states": item.states, "total": total}
         position += 2 * sum(item.shape)
         yield item.name, PackedTensor("coded", item.shape, {"codes": _bytes(stream)}, scalars, shared)
 
 
 def encode(job: Job, settings: Settings) -> PackedTensor:
     """One matrix by itself, with tables of its own."""
-    return next(encode_all([job], settings))[1]
+    return next(assemble([round_one(job, settings)]))[1]
 
 
-def _round(job: Job, settings: Settings) -> _Rounded:
-    assert job.choice.step is not None
-    model = _loss_model(job, settings)
-    base = round((model.steps.base + job.choice.step) * BASE_UNITS)
-    steps = Steps(base / BASE_UNITS, model.steps.rows, model.steps.columns)
-    rows, columns = steps.of_rows(), steps.of_columns(0)
-    snap = _round_alone if model.spread is None else feedback.spread_rounding(model.spread)
-    codes = np.empty(job.tensor.shape[::-1], np.int32)
-
-    def quantize(column: int, values: Tensor) -> Tensor:
-        widths = rows * columns[column]
-        found = snap(values.numpy(), widths.numpy())
-        largest = float(np.abs(found).max())
-        if not largest < LARGEST_CODE:
-            raise InputError(f"{job.tensor.name}: codes reach {largest:.3g}, beyond {LARGEST_CODE}; lower the budget")
-        codes[column] = found
-        return torch.from_numpy(found) * widths
-
-    feedback.round_with_feedback(job.weight, model.columns, quantize)
-    array = np.ascontiguousarray(codes.T)
-    contexts = entropy.fit_scales(array)
-    small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
-    return _Rounded(job.tensor.name, job.tensor.shape, base, steps, small, contexts)
-
-
-def _round_alone(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    return np.asarray(np.rint(values / steps))
-
-
-def _pack_scales(rounded: list[_Rounded]) -> np.ndarray:
+def _pack_scales(rounded: Sequence[Rounded]) -> np.ndarray:
     """All int8 side information of the model in one compressed block: contexts and steps, rows then columns each."""
     pieces = [p for r in rounded for p in (r.contexts[0], r.steps.rows, r.contexts[1], r.steps.columns)]
     return _bytes(entropy.scales_to_bytes(np.concatenate(pieces)))
@@ -225,9 +242,15 @@ def decode(packed: PackedTensor) -> Tensor:
     scales = every[position : position + 2 * (rows + columns)]
     row_context, row_steps, column_context, column_steps = np.split(scales, [rows, 2 * rows, 2 * rows + columns])
     tables = entropy.tables_from_bytes(packed.shared["tables"].tobytes())
-    codes = entropy.decode(packed.arrays["codes"].tobytes(), packed.shape, row_context, column_context, tables)
-    steps = Steps(packed.scalars["base"] / BASE_UNITS, row_steps, column_steps)
-    return torch.from_numpy(codes).float() * (steps.of_rows()[:, None] * steps.of_columns(0))
+    machine, stream = trellis.machine(packed.scalars["states"]), packed.arrays["codes"].tobytes()
+    codes = entropy.decode(stream, packed.shape, row_context, column_context, tables, machine=machine)
+    return _values(codes, Steps(packed.scalars["base"] / BASE_UNITS, row_steps, column_steps), machine)
+
+
+def _values(codes: np.ndarray, steps: Steps, machine: trellis.Machine) -> Tensor:
+    used = trellis.quantizers(codes, entropy.first_rows(codes.shape), machine)
+    values = torch.from_numpy(trellis.values(codes, used))
+    return values.mul_(steps.of_rows()[:, None]).mul_(steps.of_columns(0))
 
 
 def _bytes(data: bytes) -> np.ndarray:

@@ -1,0 +1,100 @@
+"""A model taken apart at its transformer blocks, so that each can be run alone on hidden states that were kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nashswarm.models import block_path
+from nashswarm.types import InputError, ModelIndex
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Blocks:
+    """A float32 model, its blocks, and the calibration windows on which they run.
+
+    `calls` holds, for each batch of windows, what a block is called with beside hidden states; it is filled by
+    `recording`.
+    """
+
+    model: PreTrainedModel
+    index: ModelIndex
+    windows: Tensor  # int64 [windows, context]
+    batch: int  # windows per pass
+    blocks: nn.ModuleList
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @classmethod
+    def prepare(
+        cls, model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, tokens: int, batch_tokens: int
+    ) -> Self:
+        """Cut at most `tokens` of `ids`, int32, into whole windows, at least one. Raises InputError for too few."""
+        context = min(index.context, 1024)
+        count = min(ids.size, tokens) // context or min(1, ids.size // context)
+        if not count:
+            raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")
+        windows = torch.from_numpy(ids[: count * context].astype(np.int64)).view(count, context)
+        blocks = model.get_submodule(block_path(model))
+        assert isinstance(blocks, nn.ModuleList)
+        return cls(model, index, windows, max(1, batch_tokens // context), blocks)
+
+    def batches(self) -> list[slice]:
+        """Of windows."""
+        return [slice(i, i + self.batch) for i in range(0, len(self.windows), self.batch)]
+
+    def run(self, layer: int, number: int, hidden: Tensor) -> Tensor:
+        """The output of a block for batch `number`: [windows, context, width] -> the same."""
+        arguments, keywords = self.calls[number]
+        output: Tensor | tuple[Tensor, ...] = self.blocks[layer](hidden, *arguments, **keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    def name_of(self, module: nn.Module) -> str:
+        """The canonical name of a module's weight."""
+        return self.names[id(module.weight)]
+
+    def projections(self, layer: int) -> dict[str, nn.Module]:
+        """The matrices of a block that multiply vectors, by name."""
+        return {self.name_of(m): m for m in self.blocks[layer].modules() if is_projection(m)}
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Identity of each matrix -> its name."""
+        return {id(self.model.get_parameter(t.name)): t.name for t in self.index.tensors}
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether the module is y = W x."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+class _Stub(nn.Module):
+    """Stands in for all blocks: returns what they returned."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **keywords: Any) -> Tensor:
+        return self.output
+
+
+@contextmanager
+def replaced_blocks(model: nn.Module, blocks: nn.ModuleList, output: Tensor) -> Iterator[None]:
+    """Within, the model's blocks do nothing but return `output`."""
+    path, _, leaf = block_path(model).rpartition(".")
+    owner = model.get_submodule(path)
+    setattr(owner, leaf, nn.ModuleList([_Stub(output)]))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, blocks)

@@ -1,0 +1,350 @@
+"""Where a matrix aims, once those before it are quantized: at what the original would have made of its own inputs.
+
+Errors of quantized layers reach the layers behind them. So matrices are rounded in the order in which the model runs
+them, and before one is rounded, its inputs x' behind everything quantized so far are compared, over the calibration
+text, with the original's inputs x. Its weights become the ridge regression
+
+    W' = W + E[t x'^T] (E[x' x'^T] + ridge I)^-1,    t = W (x - x') + (the residual stream's error),
+
+the last term where it writes to the residual stream: what the stream lacks there, it adds. Its curvature is measured
+anew on x'. Biases follow the means of t and of the rounding error. The ridge is chosen for each matrix by two-fold
+cross-validation over windows, so that little text corrects little. The first term is GPTAQ's (Li et al., 2025,
+arXiv:2504.02692), the second that of QEP (Arai and Ichikawa, 2025, arXiv:2504.09629) carried to the stream.
+
+All of it is forward passes and linear algebra; no gradient is taken. One copy of the model is held: each block's
+original outputs are computed just before it is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nashswarm.blocks import Blocks, is_projection, replaced_blocks
+from nashswarm.types import NashSwarmError, TensorSpec
+
+RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
+RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a matrix should be rounded to, and the second moment of the inputs that it will get."""
+
+    weight: Tensor  # float32 [out, in]
+    second_moment: np.ndarray | None = None  # float32 [in, in], about the mean where a bias can follow; None: as before
+
+
+class _Reached(Exception):
+    """Ends a forward pass where nothing behind is needed."""
+
+
+@dataclass
+class Propagation(Blocks):
+    """Two streams of hidden states through one model: the original's, and the one behind what was quantized."""
+
+    original: list[Tensor] = field(default_factory=list)  # for each batch, float32 [windows, context, width]
+    quantized: list[Tensor] = field(default_factory=list)
+    sequence: list[str] = field(default_factory=list)  # the matrices that multiply, as the model runs them
+    _layer: int | None = None
+    _inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, of the present block
+    _streams: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, to which a writer adds
+    _outputs: list[Tensor] = field(default_factory=list)  # the original's, of the present block
+    _sums: tuple[Tensor, _Sums] | None = None  # of those matrices that share their inputs
+    _means: dict[str, Tensor] = field(default_factory=dict)  # of inputs, where a bias can follow
+    _aims: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Run the original up to its first block, and once through, to see in which order matrices are used."""
+        self.original = self._embedded(self.calls)
+        with ExitStack() as hooks:
+            for module in filter(is_projection, self.model.modules()):
+                name = self.name_of(module)
+                hooks.enter_context(_before(module, lambda _, at=name: self.sequence.append(at)))
+            self.model(self.windows[:1], use_cache=False)
+        self.sequence = list(dict.fromkeys(self.sequence))
+
+    def order(self) -> list[TensorSpec]:
+        """All matrices as they are to be quantized: embeddings, blocks as they run, an untied head."""
+        known = {t.name: t for t in self.index.tensors}
+        inside = [known[n] for n in self.sequence if known[n].layer is not None]
+        idle = [t for t in self.index.tensors if t.layer is not None and t not in inside]
+        head = [t for t in self.index.tensors if self._is_own_head(t)]
+        first = [t for t in self.index.tensors if t.layer is None and t not in head]
+        return [*first, *sorted([*inside, *idle], key=lambda t: t.layer or 0), *head]
+
+    @torch.no_grad()
+    def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim:
+        """Where to round a matrix to. Arguments: `weight`, the original's, float32 [out, in]."""
+        if tensor.name not in self.sequence or (tensor.layer is None and not self._is_own_head(tensor)):
+            return Aim(weight)
+        self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
+        sums = self._compare(tensor)
+        if sums is None:
+            return Aim(weight)
+        bias = self._bias(tensor.name)
+        correction, shift = sums.solve(weight, bias is not None)
+        if bias is not None:
+            bias += shift.float()
+            self._means[tensor.name] = sums.mean().float()
+        self._aims[tensor.name] = weight + correction.float()
+        return Aim(self._aims[tensor.name], sums.moment(bias is not None).float().numpy())
+
+    @torch.no_grad()
+    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
+        """Put the rounded matrix, float32 [out, in], in the model; its bias takes up the mean of the rounding error."""
+        parameter = self.model.get_parameter(tensor.name)
+        parameter.copy_(weight.T if tensor.kind == "conv1d" else weight)
+        bias, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
+        aim = self._aims.pop(tensor.name, None)
+        if bias is not None and mean is not None and aim is not None:
+            bias += (aim - weight) @ mean
+
+    def vector(self, name: str) -> np.ndarray:
+        """A vector of the model as it is now, float32. Raises NashSwarmError where a correction left all bounds."""
+        value: Tensor = self.model.get_parameter(name).detach()
+        if not bool(value.isfinite().all()):
+            raise NashSwarmError(
+                f"{name}: its correction is not finite; set prefix_tokens: 0, or calibrate on more text"
+            )
+        return value.numpy()
+
+    def _is_own_head(self, tensor: TensorSpec) -> bool:
+        return tensor.name == self.index.head and tensor.kind != "embedding"
+
+    # --- streams ---------------------------------------------------------------------------------------------------
+
+    def _embedded(self, calls: list[Any] | None = None) -> list[Tensor]:
+        """What the first block is given; `calls` keeps what else it is called with."""
+        found: list[Tensor] = []
+
+        def reach(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            found.append(arguments[0].clone())
+            if calls is not None:
+                calls.append((arguments[1:], keywords))
+            raise _Reached
+
+        handle = self.blocks[0].register_forward_pre_hook(reach, with_kwargs=True)
+        try:
+            for batch in self.batches():
+                with suppress(_Reached):
+                    self.model.base_model(self.windows[batch], use_cache=False)
+        finally:
+            handle.remove()
+        return found
+
+    def _enter(self, layer: int) -> None:
+        """Bring both streams to a block's input, and keep what the original makes of it."""
+        if layer == self._layer:
+            return
+        if self._layer is None:
+            self.quantized, self._layer = self._embedded(), -1
+        while self._layer < layer:
+            if self._layer >= 0:
+                if not self._outputs:
+                    self._keep(self._layer)
+                for number, hidden in enumerate(self.quantized):
+                    self.quantized[number] = self.run(self._layer, number, hidden)
+                self.original, self._outputs = self._outputs, []
+            self._layer += 1
+        self._sums = None
+        self._keep(layer)
+
+    def _keep(self, layer: int) -> None:
+        """The original's inputs of every matrix of a block, streams and outputs."""
+        self._inputs, self._streams, self._outputs = {}, {}, []
+        if layer == len(self.blocks):
+            head = self.model.get_output_embeddings()
+            self._inputs[self.name_of(head)] = [self._head_input(head, hidden) for hidden in self.original]
+            return
+        modules = self.projections(layer)
+        self._inputs = {name: [] for name in modules}
+        writers = self._writers(layer)
+        self._streams = {name: [] for name in writers}
+        for number, hidden in enumerate(self.original):
+            written: list[Tensor] = []  # in the writers' order, which is that in which the model runs them
+            with ExitStack() as hooks:
+                for name, module in modules.items():
+                    hooks.enter_context(_before(module, self._inputs[name].append))
+                for name in writers:
+                    hooks.enter_context(_after(modules[name], written.append))
+                output = self.run(layer, number, hidden)
+            self._outputs.append(output)
+            stream = hidden
+            for name, values in zip(writers, written, strict=True):
+                self._streams[name].append(stream)
+                stream = stream + values
+            if number == 0 and writers and not _close(stream, output):
+                logger.info("block %d is not the sum of its parts; its residual stream is not corrected", layer)
+                writers, self._streams = [], {}
+
+    def _writers(self, layer: int) -> list[str]:
+        """Matrices that should add to the residual stream: in each part, the last one, if as wide as the stream."""
+        known = {t.name: t for t in self.index.tensors}
+        last = {known[n].part: n for n in self.sequence if known[n].layer == layer}
+        width = self.original[0].shape[-1]
+        return [n for n in self.sequence if n in last.values() and known[n].shape[0] == width]
+
+    def _compare(self, tensor: TensorSpec) -> _Sums | None:
+        """Sums over both streams' inputs of a matrix; None where they are not the same tokens (routed experts)."""
+        name, originals = tensor.name, self._inputs[tensor.name]
+        if len(originals) != len(self.quantized):
+            return None
+        if self._sums and self._sums[0] is originals[0] and name not in self._streams:
+            return self._sums[1]  # queries, keys and values have one input
+        sums = _Sums()
+        for number, original in enumerate(originals):
+            now, stream = self._reach(tensor, number)
+            if now.shape != original.shape or original.shape[:2] != self.quantized[number].shape[:2]:
+                return None
+            lacking = self._streams[name][number] - stream if stream is not None else None
+            for fold in (0, 1):
+                own = slice((fold - number * self.batch) % 2, None, 2)  # windows in turn
+                sums.add(fold, now[own], original[own], None if lacking is None else lacking[own])
+        self._sums = originals[0], sums
+        return sums
+
+    def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor, Tensor | None]:
+        """The inputs that a matrix gets now, and the stream that it adds to, if it does."""
+        hidden, found, streams = self.quantized[number], [], []
+        if tensor.layer is None:
+            return self._head_input(self.model.get_output_embeddings(), hidden), None
+        modules = self.projections(tensor.layer)
+
+        def stop(x: Tensor) -> None:
+            found.append(x)
+            raise _Reached
+
+        with ExitStack() as hooks:
+            for name in self._streams:
+                if name == tensor.name:
+                    break
+                hooks.enter_context(_after(modules[name], streams.append))
+            hooks.enter_context(_before(modules[tensor.name], stop))
+            with suppress(_Reached):
+                self.run(tensor.layer, number, hidden)
+        return found[0], sum(streams, hidden) if tensor.name in self._streams else None
+
+    def _head_input(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(x: Tensor) -> None:
+            found.append(x)
+            raise _Reached
+
+        with replaced_blocks(self.model, self.blocks, hidden), _before(head, stop), suppress(_Reached):
+            self.model(self.windows[: len(hidden)], use_cache=False)
+        return found[0]
+
+    def _bias(self, name: str) -> Tensor | None:
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        bias = getattr(owner, "bias", None)
+        return bias.data if isinstance(bias, Tensor) else None
+
+
+@dataclass
+class _Sums:
+    """For two folds of windows, sums over tokens: of x', x - x' and what the stream lacks, and of their products."""
+
+    folds: list[dict[str, Tensor]] = field(default_factory=lambda: [{}, {}])
+
+    def add(self, fold: int, now: Tensor, original: Tensor, lacking: Tensor | None) -> None:
+        """[windows, context, in], the same, [windows, context, width]."""
+        x = now.reshape(-1, now.shape[-1])
+        if not len(x):
+            return
+        gone = (original - now).reshape(x.shape)
+        new = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x, "gone": gone.sum(0)}
+        new["x gone"] = x.T @ gone
+        if lacking is not None:
+            lacks = lacking.reshape(-1, lacking.shape[-1])
+            new |= {"lacks": lacks.sum(0), "x lacks": x.T @ lacks}
+        sums = self.folds[fold]
+        for key, value in new.items():
+            sums[key] = sums[key].add_(value) if key in sums else value.double()
+
+    def total(self) -> dict[str, Tensor]:
+        first, second = self.folds
+        return {key: first[key] + second[key] for key in first} if second else first
+
+    def mean(self) -> Tensor:
+        """Of the inputs, float64 [in]."""
+        total = self.total()
+        return total["x"] / total["count"]
+
+    def moment(self, centered: bool) -> Tensor:
+        """The inputs' second moment, float64 [in, in]."""
+        total = self.total()
+        mean = self.mean() if centered else torch.zeros_like(total["x"])
+        return total["xx"] / total["count"] - torch.outer(mean, mean)
+
+    def solve(self, weight: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
+        """What to add to the weights, float64 [out, in], and to the bias, float64 [out]."""
+        weight = weight.double()
+        ridge = RIDGES[2]
+        if self.folds[1]:
+            systems = [_system(sums, weight, centered)[:2] for sums in self.folds]
+            errors = [sum(_held_out(_regress(*systems[f], ridge), *systems[1 - f]) for f in (0, 1)) for ridge in RIDGES]
+            ridge = RIDGES[int(np.argmin(errors))]
+        moment, product, mean, target = _system(self.total(), weight, centered)
+        found = _regress(moment, product, ridge)
+        return found.T, target - mean @ found
+
+
+def _system(sums: dict[str, Tensor], weight: Tensor, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E[x' x'^T], E[x' t^T] (about the means, if centered), and the means of x' and t; float64."""
+    count = sums["count"]
+    product, target = sums["x gone"] @ weight.T, weight @ sums["gone"]
+    if "lacks" in sums:
+        product, target = product + sums["x lacks"], target + sums["lacks"]
+    mean, target = sums["x"] / count, target / count
+    moment, product = sums["xx"] / count, product / count
+    if centered:
+        return moment - torch.outer(mean, mean), product - torch.outer(mean, target), mean, target
+    return moment, product, torch.zeros_like(mean), torch.zeros_like(target)
+
+
+def _regress(moment: Tensor, product: Tensor, ridge: float) -> Tensor:
+    """(moment + ridge)^-1 product, float64 [in, out]."""
+    damping = ridge * max(float(moment.diagonal().mean()), 1e-30)
+    lower, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=moment.dtype))
+    return torch.zeros_like(product) if int(failed) else torch.cholesky_solve(product, lower)
+
+
+def _held_out(found: Tensor, moment: Tensor, product: Tensor) -> float:
+    """Mean squared error on another fold, up to a constant."""
+    return float((found * (moment @ found)).sum() - 2 * (found * product).sum())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return float((one - other).abs().max()) <= RESIDUAL_TOLERANCE * float(other.abs().max())
+
+
+@contextmanager
+def _before(module: nn.Module, see: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Within, `see` gets the module's inputs."""
+    handle = module.register_forward_pre_hook(lambda _, arguments: (see(arguments[0]), None)[1])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _after(module: nn.Module, see: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Within, `see` gets the module's outputs."""
+    handle = module.register_forward_hook(lambda _, arguments, output: (see(output), None)[1])
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ BLOCK = 64  # interacting rows between two decisions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Machine:
-    """Which quantizer each state uses, uint8 [states], and the state after a code of either parity, uint8 [states, 2]."""
+    """Which quantizer each state uses, uint8 [states]; the state after a code of either parity, uint8 [states, 2]."""
 
     quantizer: NDArray[np.uint8]
     after: NDArray[np.uint8]
@@ -109,13 +110,33 @@ def rounding(
 @cache
 def _kernel() -> Callable[..., None]:
     import numba
+    from numba.extending import register_jitable
 
-    signature = "void(float32[::1], float32[::1], float32[:, ::1], int64[::1], uint8[::1], uint8[:, ::1], int32[::1], float32[::1])"
+    for part in (_nearest, _trace):  # they stay plain Python, too
+        register_jitable(part)
+    numbers, bits = "float32[::1]", "uint8[::1], uint8[:, ::1]"
+    signature = f"void({numbers}, {numbers}, float32[:, ::1], int64[::1], {bits}, int32[::1], {numbers})"
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signature, cache=True, **options)(_round_column)  # type: ignore[no-any-return]
     except (RuntimeError, OSError):  # neither this directory nor the user's cache can be written
         return numba.njit(signature, **options)(_round_column)  # type: ignore[no-any-return]
+
+
+def _nearest(scaled: np.float32, half: np.float32) -> tuple[int, int]:
+    """The codes of either parity nearest to `scaled` >= 0 steps; the quantizer shifts by `half`, 0 or half a step."""
+    near = int(np.rint(scaled + half))
+    other = near + 1 if scaled + half > near else near - 1
+    if half > 0 and near == 1 and scaled < np.float32(0.75):
+        other = 0  # which is not shifted: nearer than 2, at 1.5 steps
+    return near, other
+
+
+def _trace(best: int, origin: NDArray[np.uint8], kept: NDArray[Any], path: NDArray[Any]) -> None:
+    """What was kept, by row and state, along the path that ends in state `best`."""
+    for i in range(len(path) - 1, -1, -1):
+        path[i] = kept[i, best]
+        best = origin[i, best]
 
 
 def _round_column(
@@ -156,9 +177,7 @@ def _round_column(
                     target = own[s, i] if interact else targets[row]
                     scaled = abs(target * inverse)
                     half = np.float32(0.5) * quantizer[s]
-                    # Codes grow with |target|; the two nearest, of either parity, are rounded to from both sides.
-                    near = int(np.rint(scaled + half))
-                    other = near + 1 if scaled + half > near else near - 1
+                    near, other = _nearest(scaled, half)
                     for choice in range(2):
                         k = near if choice == 0 else other
                         size = np.float32(k) - half if k > 0 else np.float32(0) if k == 0 else np.float32(k) + half
@@ -184,12 +203,10 @@ def _round_column(
                 if cost[s] < cost[best]:
                     best = s
             state = best
-            for i in range(count - 1, -1, -1):
-                codes[first + i], rounded[first + i] = code[i, best], value[i, best]
-                if interact:
-                    targets[first + i] = error[i, best]
-                best = origin[i, best]
+            _trace(best, origin, code, codes[first:last])
+            _trace(best, origin, value, rounded[first:last])
             if interact:
+                _trace(best, origin, error, targets[first:last])
                 for i in range(first, last):
                     for later in range(last, rows):
                         targets[later] -= targets[i] * spread[i, later]

@@ -89,7 +89,7 @@ class Propagation(Blocks):
         if tensor.name not in self.sequence or (tensor.layer is None and not self._is_own_head(tensor)):
             return Aim(weight)
         self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
-        sums = self._compare(tensor)
+        sums = self._compare(tensor, weight)
         if sums is None:
             return Aim(weight)
         bias = self._bias(tensor.name)
@@ -195,7 +195,7 @@ class Propagation(Blocks):
         width = self.original[0].shape[-1]
         return [n for n in self.sequence if n in last.values() and known[n].shape[0] == width]
 
-    def _compare(self, tensor: TensorSpec) -> _Sums | None:
+    def _compare(self, tensor: TensorSpec, weight: Tensor) -> _Sums | None:
         """Sums over both streams' inputs of a matrix; None where they are not the same tokens (routed experts)."""
         name, originals = tensor.name, self._inputs[tensor.name]
         if len(originals) != len(self.quantized):
@@ -210,7 +210,7 @@ class Propagation(Blocks):
             lacking = self._streams[name][number] - stream if stream is not None else None
             for fold in (0, 1):
                 own = slice((fold - number * self.batch) % 2, None, 2)  # windows in turn
-                sums.add(fold, now[own], original[own], None if lacking is None else lacking[own])
+                sums.add(fold, now[own], original[own], None if lacking is None else lacking[own], weight)
         self._sums = originals[0], sums
         return sums
 
@@ -254,21 +254,25 @@ class Propagation(Blocks):
 
 @dataclass
 class _Sums:
-    """For two folds of windows, sums over tokens: of x', x - x' and what the stream lacks, and of their products."""
+    """For two folds of windows, sums over tokens of x', of x - x' or the target t, and of their products with x'."""
 
     folds: list[dict[str, Tensor]] = field(default_factory=lambda: [{}, {}])
 
-    def add(self, fold: int, now: Tensor, original: Tensor, lacking: Tensor | None) -> None:
-        """[windows, context, in], the same, [windows, context, width]."""
+    def add(self, fold: int, now: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor) -> None:
+        """x' [windows, context, in], x, what the stream lacks [windows, context, width], W [out, in].
+
+        A writer's product with its target is formed at once, [in, out]; others may share x - x', [in, in].
+        """
         x = now.reshape(-1, now.shape[-1])
         if not len(x):
             return
         gone = (original - now).reshape(x.shape)
-        new = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x, "gone": gone.sum(0)}
-        new["x gone"] = x.T @ gone
-        if lacking is not None:
-            lacks = lacking.reshape(-1, lacking.shape[-1])
-            new |= {"lacks": lacks.sum(0), "x lacks": x.T @ lacks}
+        new = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x}
+        if lacking is None:
+            new |= {"gone": gone.sum(0), "x gone": x.T @ gone}
+        else:
+            target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.T)
+            new |= {"target": target.sum(0), "x target": x.T @ target}
         sums = self.folds[fold]
         for key, value in new.items():
             sums[key] = sums[key].add_(value) if key in sums else value.double()
@@ -304,9 +308,10 @@ class _Sums:
 def _system(sums: dict[str, Tensor], weight: Tensor, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """E[x' x'^T], E[x' t^T] (about the means, if centered), and the means of x' and t; float64."""
     count = sums["count"]
-    product, target = sums["x gone"] @ weight.T, weight @ sums["gone"]
-    if "lacks" in sums:
-        product, target = product + sums["x lacks"], target + sums["lacks"]
+    if "target" in sums:
+        product, target = sums["x target"], sums["target"]
+    else:
+        product, target = sums["x gone"] @ weight.T, weight @ sums["gone"]
     mean, target = sums["x"] / count, target / count
     moment, product = sums["xx"] / count, product / count
     if centered:

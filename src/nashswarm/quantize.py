@@ -38,7 +38,7 @@ PACKING_ROUNDS = 3
 CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bought
 SLACK = 0.001  # and when they are packed
 STEERING = 0.25  # octaves by which a packing may correct steps
-PASS_TOKENS = 2048  # per forward pass
+PASS_TOKENS = 8192  # per forward pass
 
 logger = logging.getLogger(__name__)
 

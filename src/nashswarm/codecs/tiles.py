@@ -73,11 +73,12 @@ CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Shape of a tile, and the widths that are for sale."""
+    """Shape of a tile, the widths that are for sale, and what `coded` has, too."""
 
     rows: int = 16
     columns: int = 128
     widths: tuple[int, ...] = TILE_WIDTHS
+    prefix_tokens: int = 32768  # of calibration, to fit each matrix to what is quantized before it; 0 for none
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= LARGEST_SIDE:
@@ -86,6 +87,8 @@ class Settings:
             raise ValueError(f"columns: {self.columns} is no multiple of 32 in 32..{LARGEST_SIDE}")
         if not self.widths or not {*self.widths} <= {*TILE_WIDTHS} or list(self.widths) != sorted({*self.widths}):
             raise ValueError(f"widths: {list(self.widths)} are not rising widths out of {list(TILE_WIDTHS)}")
+        if self.prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens: {self.prefix_tokens} is negative; 0 turns the fitting off")
 
 
 @dataclass(frozen=True, slots=True)

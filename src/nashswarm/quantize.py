@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,9 +33,10 @@ from nashswarm.types import (
 )
 
 BUYING_ROUNDS = 8
-PACKING_ROUNDS = 3
+PACKING_ROUNDS = 4
 CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bought
 SLACK = 0.001  # and when they are packed
+CAUTION = 4  # factor by which each further round of packing aims lower and takes more slack: small models jump
 STEERING = 0.25  # octaves by which a packing may correct steps
 PASS_TOKENS = 2048  # per forward pass
 
@@ -135,18 +135,18 @@ def pack(
     """
     tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
     reserve = 0.0
-    for _ in range(PACKING_ROUNDS):
+    for number in range(PACKING_ROUNDS):
         walk = _propagation(model, ids, tokens) if tokens else Plain(model)
         course = Course(walk, allocation, reserve=reserve)
         _write(model, method, allocation, directory, course, progress)
         bought = packed.file_bytes(directory)
-        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * asked:
+        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * CAUTION**number * asked:
             break
         logger.info("%d bytes packed, %d asked: once more", bought, asked)
-        reserve += bought - asked * (1 - CLOSE / 2)
+        reserve += bought - asked * (1 - CLOSE / 2 * CAUTION**number)
     if asked is not None and bought > asked:
-        shutil.rmtree(directory)
-        raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; run it again")
+        artifacts.remove_directory(directory)
+        raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; raise it")
 
 
 def encode(

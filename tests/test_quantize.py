@@ -14,10 +14,23 @@ from conftest import FAMILIES, Models, no_progress
 
 from nashswarm import artifacts, quantize
 from nashswarm.codecs import classes, grouped, kept
-from nashswarm.config import Params, load_room, parse_method
+from nashswarm.config import Method, Params, load_room, parse_method
 from nashswarm.importance import magnitude, swarm
 from nashswarm.packed import open_packed
-from nashswarm.types import Allocation, Choice, InputError, Job
+from nashswarm.quantize import Course, Model, Plain
+from nashswarm.types import Allocation, Choice, InputError, Job, PackedTensor
+
+NO_IDS = np.empty(0, np.int32)  # for methods that fit nothing to calibration text
+
+
+def plain(model: Model, allocation: Allocation) -> Course:
+    """Every matrix aims at itself."""
+    return Course(Plain(model), allocation)
+
+
+def encoded_by(model: Model, method: Method, allocation: Allocation | None = None) -> dict[str, PackedTensor]:
+    allocation = allocation or quantize.allocate(model, method, no_progress)
+    return dict(quantize.encode(model, method, allocation, plain(model, allocation), no_progress))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +63,7 @@ def test_matrices_out_of_scope_are_kept_bit_for_bit(
     family: str, method: str, quantizable: Models, params: Params
 ) -> None:
     model, chosen = quantizable(family), params.methods[method]
-    encoded = dict(quantize.encode(model, chosen, quantize.allocate(model, chosen, no_progress), no_progress))
+    encoded = encoded_by(model, chosen)
     assert set(encoded) == {t.name for t in model.index.tensors}
     for spec in model.index.tensors:
         if spec.linear:
@@ -73,7 +86,7 @@ def test_the_codec_gets_weight_choice_importance_and_statistics(
     monkeypatch.setattr(classes, "encode", record)
     method = params.methods["nash"]
     allocation = quantize.allocate(model, method, no_progress)
-    list(quantize.encode(model, method, allocation, no_progress))
+    encoded_by(model, method, allocation)
     assert [j.tensor for j in jobs] == list(model.index.tensors)
     for job in jobs:
         weight = model.checkpoint.tensor(job.tensor)
@@ -85,7 +98,7 @@ def test_the_codec_gets_weight_choice_importance_and_statistics(
 
 def test_embeddings_get_the_width_of_embeddings(quantizable: Models, params: Params) -> None:
     model, method = quantizable("llama"), params.methods["rtn3-g64"]
-    encoded = dict(quantize.encode(model, method, quantize.allocate(model, method, no_progress), no_progress))
+    encoded = encoded_by(model, method)
     bits = {t.name: encoded[t.name].scalars["bits"] for t in model.index.tensors}
     assert {bits[t.name] for t in model.index.tensors if t.part in ("embedding", "head")} == {4}
     assert {bits[t.name] for t in model.index.tensors if t.part in ("attention", "mlp")} == {3}
@@ -105,7 +118,7 @@ def test_tensors_come_in_the_models_order_one_by_one(quantizable: Models, params
 
     watched = dataclasses.replace(model, checkpoint=Recording())  # type: ignore[arg-type]
     names = []
-    for name, _ in quantize.encode(watched, method, allocation, no_progress):
+    for name, _ in quantize.encode(watched, method, allocation, plain(watched, allocation), no_progress):
         names.append(name)
         assert read == names
     assert names == [t.name for t in model.index.tensors]
@@ -119,14 +132,14 @@ def test_the_progress_bar_counts_tensors(quantizable: Models, params: Params) ->
         return items
 
     allocation = quantize.allocate(model, method, progress)
-    list(quantize.encode(model, method, allocation, progress))
+    list(quantize.encode(model, method, allocation, plain(model, allocation), progress))
     assert seen == [(1, "allocate"), (len(model.index.tensors), "pack")]
 
 
 def test_the_manifest_tells_how_the_model_was_made(quantizable: Models, tmp_path: Path) -> None:
     model = quantizable("opt")
     method = parse_method("mine", {"codec": "grouped", "bits": 3, "group": 16})
-    quantize.pack(model, method, quantize.allocate(model, method, no_progress), tmp_path / "p", no_progress)
+    quantize.pack(model, method, quantize.allocate(model, method, no_progress), NO_IDS, tmp_path / "p", no_progress)
     opened = open_packed(tmp_path / "p")
     provenance = opened.provenance
     assert (provenance.model, provenance.source, provenance.architecture) == ("opt", "path", "OPTForCausalLM")
@@ -165,7 +178,7 @@ def test_an_allocation_decides_what_is_quantized(quantizable: Models) -> None:
     model = quantizable("gpt2")
     method = parse_method("mine", {"codec": "grouped"})
     one = model.index.tensors[3].name
-    encoded = dict(quantize.encode(model, method, Allocation({one: Choice(bits=8)}, {}), no_progress))
+    encoded = encoded_by(model, method, Allocation({one: Choice(bits=8)}, {}))
     assert {n for n, p in encoded.items() if p.codec == "grouped"} == {one}
     exact = model.checkpoint.tensor(model.index.tensors[3])
     assert not torch.equal(grouped.decode(encoded[one]), exact)

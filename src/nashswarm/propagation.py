@@ -71,7 +71,7 @@ class Propagation(Blocks):
         with ExitStack() as hooks:
             for module in filter(is_projection, self.model.modules()):
                 name = self.name_of(module)
-                hooks.enter_context(_before(module, lambda _, at=name: self.sequence.append(at)))
+                hooks.enter_context(_before(module, partial(lambda at, _: self.sequence.append(at), name)))
             self.model(self.windows[:1], use_cache=False)
         self.sequence = list(dict.fromkeys(self.sequence))
 
@@ -218,10 +218,10 @@ class Propagation(Blocks):
 
     def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor | None, Tensor | None]:
         """The inputs that a matrix gets now, if it is run, and the stream that it adds to, if it does."""
-        hidden, found, streams = self.quantized[number], [], []
+        hidden, found = self.quantized[number], list[Tensor]()
         if tensor.layer is None:
             return self._head_input(self.model.get_output_embeddings(), hidden), None
-        modules = self.projections(tensor.layer)
+        modules, streams = self.projections(tensor.layer), list[Tensor]()
 
         def stop(x: Tensor) -> None:
             found.append(x)

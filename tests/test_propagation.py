@@ -264,6 +264,20 @@ def test_second_moments_are_of_the_inputs_behind_the_quantized_prefix(
         walk.settle(tensor, coarse(aim.weight))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_do_not_matter(family: str, walk_of: Callable[..., Propagation]) -> None:
+    """Not even to cross-validation: folds are every other window, wherever batches end."""
+    runs = []
+    for windows in (1, 3, 12):
+        walk = walk_of(family, TEXT[: 12 * CONTEXT], windows * CONTEXT)
+        for tensor in walk.order()[:4]:
+            walk.settle(tensor, coarse(weight_of(walk, tensor)))
+        rest = next(t for t in walk.order()[4:] if t.kind != "embedding")
+        runs.append(walk.aim(rest, weight_of(walk, rest)).weight)
+    for other in runs[1:]:
+        torch.testing.assert_close(other, runs[0], rtol=1e-3, atol=1e-4)
+
+
 # --- how much is believed ------------------------------------------------------------------------------------------
 
 

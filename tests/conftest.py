@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nashswarm.corpora import TokenizedSplit
     from nashswarm.packed import PackedModel
     from nashswarm.quantize import Model
+    from nashswarm.types import PackedTensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -202,12 +203,16 @@ class Packed:
     method: Method
     directory: Path
     opened: PackedModel
-    meant: dict[str, torch.Tensor]  # matrix -> decode(encode()) in memory; empty for a codec that stores nothing
+    meant: dict[str, torch.Tensor]  # matrix -> as encoded in memory; empty for a codec that stores nothing
+    vectors: dict[str, np.ndarray]  # name -> as meant to be stored, float32: a correction may have moved it
 
 
 @pytest.fixture(scope="session")
 def packed(
-    tmp_path_factory: pytest.TempPathFactory, quantizable: Models, params: Params
+    tmp_path_factory: pytest.TempPathFactory,
+    quantizable: Models,
+    params: Params,
+    split: Callable[..., TokenizedSplit],
 ) -> Callable[[str, str], Packed]:
     """(family, method of params.yaml) -> that tiny model, packed; do not write to it."""
 
@@ -220,10 +225,24 @@ def packed(
         model, method = quantizable(family), params.methods[name]
         allocation = quantize.allocate(model, method, no_progress)
         directory = tmp_path_factory.mktemp("packed") / name
-        quantize.pack(model, method, allocation, directory, no_progress)
-        encoded = {} if method.codec == "source" else dict(quantize.encode(model, method, allocation, no_progress))
+        rounds: list[tuple[dict[str, PackedTensor], quantize.Course]] = []
+        encode = quantize.encode
+
+        def watch(*arguments: Any) -> Iterator[tuple[str, PackedTensor]]:
+            rounds.append(({}, arguments[3]))
+            for tensor, item in encode(*arguments):
+                rounds[-1][0][tensor] = item
+                yield tensor, item
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quantize, "encode", watch)
+            quantize.pack(model, method, allocation, split(family, seed=3).ids, directory, no_progress)
+        encoded, course = rounds[-1]
+        if method.codec == "source":
+            return Packed(method, directory, open_packed(directory), {}, {})
         meant = {tensor: load_room("codecs", p.codec).decode(p) for tensor, p in encoded.items()}
-        return Packed(method, directory, open_packed(directory), meant)
+        vectors = {v.name: course.walk.vector(v.name) for v in model.index.vectors}
+        return Packed(method, directory, open_packed(directory), meant, vectors)
 
     return make
 

@@ -28,7 +28,7 @@ FOUNDATION: dict[str, set[str]] = {
     "feedback": {"types"},
 }
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
-TORCH = {"evaluation", "feedback", "loading", "models", "statistics"}
+TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "propagation", "statistics"}
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
 WRITERS = {"artifacts", "packed", "hub"}  # hub fills its own staging folder, and renames

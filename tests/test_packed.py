@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,6 +31,9 @@ from nashswarm.packed import (
 )
 from nashswarm.recipes import KEPT
 from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
+
+if TYPE_CHECKING:
+    from nashswarm.corpora import TokenizedSplit
 
 METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
 PROVENANCE = Provenance("m", "A", 12, "path", None, None, {"codec": "kept"}, {"histogram": {}})
@@ -76,8 +79,9 @@ def test_what_is_read_is_what_was_encoded(family: str, method: str, packed: Pack
         assert opened.vectors == {}
         return
     for spec in model.index.vectors:
-        expected = model.checkpoint.vector(spec).half().numpy()
-        assert np.array_equal(opened.vectors[spec.name], expected), spec.name
+        assert np.array_equal(opened.vectors[spec.name], made.vectors[spec.name].astype(np.float16)), spec.name
+        if made.method.codec != "coded":  # nothing else moves a vector
+            assert np.array_equal(made.vectors[spec.name], model.checkpoint.vector(spec).numpy()), spec.name
     in_scope = {t.name for t in model.index.scope(made.method.scope)}
     assert {n for n, t in opened.tensors.items() if t.codec != KEPT} == in_scope
     assert {t.codec for n, t in opened.tensors.items() if n not in in_scope} <= {"kept"}
@@ -85,11 +89,11 @@ def test_what_is_read_is_what_was_encoded(family: str, method: str, packed: Pack
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_model_is_packed_to_the_same_bytes(
-    method: str, packed: PackedModels, quantizable: Models, tmp_path: Path
+    method: str, packed: PackedModels, quantizable: Models, split: Callable[..., TokenizedSplit], tmp_path: Path
 ) -> None:
     made, model = packed("llama", method), quantizable("llama")
     allocation = quantize.allocate(model, made.method, no_progress)
-    quantize.pack(model, made.method, allocation, tmp_path / "again", no_progress)
+    quantize.pack(model, made.method, allocation, split("llama", seed=3).ids, tmp_path / "again", no_progress)
     assert names_of(tmp_path / "again") == names_of(made.directory)
     for name in names_of(made.directory):
         assert (tmp_path / "again" / name).read_bytes() == (made.directory / name).read_bytes(), name

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, Models, no_progress
+from conftest import CONTEXT, FAMILIES, VOCABULARY, Models, no_progress
 
-from nashswarm import artifacts, quantize
+from nashswarm import artifacts, models, quantize, statistics
 from nashswarm.codecs import classes, grouped, kept
-from nashswarm.config import Params, load_room, parse_method
+from nashswarm.config import Method, Params, Scoring, load_room, parse_method
 from nashswarm.importance import magnitude, swarm
-from nashswarm.packed import open_packed
-from nashswarm.types import Allocation, Choice, InputError, Job
+from nashswarm.packed import file_bytes, open_packed
+from nashswarm.quantize import Course, Model, Plain
+from nashswarm.types import Allocation, Choice, InputError, Job, NashSwarmError, PackedTensor, TokenizedSplit
+
+NO_IDS = np.empty(0, np.int32)  # for methods that fit nothing to calibration text
+
+
+def plain(model: Model, allocation: Allocation) -> Course:
+    """Every matrix aims at itself."""
+    return Course(Plain(model), allocation)
+
+
+def encoded_by(model: Model, method: Method, allocation: Allocation | None = None) -> dict[str, PackedTensor]:
+    allocation = allocation or quantize.allocate(model, method, no_progress)
+    return dict(quantize.encode(model, method, allocation, plain(model, allocation), no_progress))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +65,7 @@ def test_matrices_out_of_scope_are_kept_bit_for_bit(
     family: str, method: str, quantizable: Models, params: Params
 ) -> None:
     model, chosen = quantizable(family), params.methods[method]
-    encoded = dict(quantize.encode(model, chosen, quantize.allocate(model, chosen, no_progress), no_progress))
+    encoded = encoded_by(model, chosen)
     assert set(encoded) == {t.name for t in model.index.tensors}
     for spec in model.index.tensors:
         if spec.linear:
@@ -73,7 +88,7 @@ def test_the_codec_gets_weight_choice_importance_and_statistics(
     monkeypatch.setattr(classes, "encode", record)
     method = params.methods["nash"]
     allocation = quantize.allocate(model, method, no_progress)
-    list(quantize.encode(model, method, allocation, no_progress))
+    encoded_by(model, method, allocation)
     assert [j.tensor for j in jobs] == list(model.index.tensors)
     for job in jobs:
         weight = model.checkpoint.tensor(job.tensor)
@@ -85,7 +100,7 @@ def test_the_codec_gets_weight_choice_importance_and_statistics(
 
 def test_embeddings_get_the_width_of_embeddings(quantizable: Models, params: Params) -> None:
     model, method = quantizable("llama"), params.methods["rtn3-g64"]
-    encoded = dict(quantize.encode(model, method, quantize.allocate(model, method, no_progress), no_progress))
+    encoded = encoded_by(model, method)
     bits = {t.name: encoded[t.name].scalars["bits"] for t in model.index.tensors}
     assert {bits[t.name] for t in model.index.tensors if t.part in ("embedding", "head")} == {4}
     assert {bits[t.name] for t in model.index.tensors if t.part in ("attention", "mlp")} == {3}
@@ -105,7 +120,7 @@ def test_tensors_come_in_the_models_order_one_by_one(quantizable: Models, params
 
     watched = dataclasses.replace(model, checkpoint=Recording())  # type: ignore[arg-type]
     names = []
-    for name, _ in quantize.encode(watched, method, allocation, no_progress):
+    for name, _ in quantize.encode(watched, method, allocation, plain(watched, allocation), no_progress):
         names.append(name)
         assert read == names
     assert names == [t.name for t in model.index.tensors]
@@ -119,14 +134,14 @@ def test_the_progress_bar_counts_tensors(quantizable: Models, params: Params) ->
         return items
 
     allocation = quantize.allocate(model, method, progress)
-    list(quantize.encode(model, method, allocation, progress))
+    list(quantize.encode(model, method, allocation, plain(model, allocation), progress))
     assert seen == [(1, "allocate"), (len(model.index.tensors), "pack")]
 
 
 def test_the_manifest_tells_how_the_model_was_made(quantizable: Models, tmp_path: Path) -> None:
     model = quantizable("opt")
     method = parse_method("mine", {"codec": "grouped", "bits": 3, "group": 16})
-    quantize.pack(model, method, quantize.allocate(model, method, no_progress), tmp_path / "p", no_progress)
+    quantize.pack(model, method, quantize.allocate(model, method, no_progress), NO_IDS, tmp_path / "p", no_progress)
     opened = open_packed(tmp_path / "p")
     provenance = opened.provenance
     assert (provenance.model, provenance.source, provenance.architecture) == ("opt", "path", "OPTForCausalLM")
@@ -165,7 +180,7 @@ def test_an_allocation_decides_what_is_quantized(quantizable: Models) -> None:
     model = quantizable("gpt2")
     method = parse_method("mine", {"codec": "grouped"})
     one = model.index.tensors[3].name
-    encoded = dict(quantize.encode(model, method, Allocation({one: Choice(bits=8)}, {}), no_progress))
+    encoded = encoded_by(model, method, Allocation({one: Choice(bits=8)}, {}))
     assert {n for n, p in encoded.items() if p.codec == "grouped"} == {one}
     exact = model.checkpoint.tensor(model.index.tensors[3])
     assert not torch.equal(grouped.decode(encoded[one]), exact)
@@ -181,3 +196,217 @@ def test_a_methods_outcome_does_not_depend_on_other_runs(quantizable: Models, pa
     np.random.seed(99)  # noqa: NPY002 (the point: nothing may draw from it)
     quantize.allocate(model, params.methods["rtn4-g64"], no_progress)
     assert run() == first
+
+
+# --- budgets -------------------------------------------------------------------------------------------------------
+
+LARGER = 96  # windows of calibration text
+
+
+def calibration(windows: int = LARGER) -> np.ndarray:
+    """Independent tokens of skewed frequencies, int32."""
+    frequency = 1 / np.arange(4, VOCABULARY + 4)
+    rng = np.random.default_rng(0)
+    return rng.choice(VOCABULARY, windows * CONTEXT, p=frequency / frequency.sum()).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A GPT-2 of half a million weights, so that a matrix' chance does not outweigh a thousandth of the budget."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    directory = tmp_path_factory.mktemp("larger")
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=144, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    index = models.describe(directory)
+    scoring = Scoring(tokens=2048, batch_tokens=1024)
+    original = models.load_original(directory, index)
+    gathered = {t.name: s for t, s in statistics.gather(original, index, calibration(), scoring, no_progress)}
+    files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
+    record = artifacts.SourceRecord("path", str(directory), None, None, files)
+    return Model("larger", index, record, models.Checkpoint.open(directory, index), gathered.__getitem__)
+
+
+def coded(budget: float, prefix_tokens: int = 0) -> Method:
+    settings = {"allocator": "market", "codec": "coded", "budget": budget, "prefix_tokens": prefix_tokens}
+    return parse_method("mine", settings)
+
+
+@pytest.fixture(scope="module")
+def bought(larger: Model) -> Callable[[float], Allocation]:
+    """Budget -> its allocation. How much is fitted does not matter to it."""
+    return cache(lambda budget: quantize.allocate(larger, coded(budget), no_progress))
+
+
+def rounds_of(caplog: pytest.LogCaptureFixture) -> list[int]:
+    """Bytes of each packing that was not the last."""
+    return [int(str(r.args[0])) for r in caplog.records if "once more" in r.message and isinstance(r.args, tuple)]
+
+
+def resized(allocation: Allocation, factor: float, step: float = 0.0) -> Allocation:
+    """Its expected sizes, and log2 of its steps, changed."""
+    choices = {
+        n: dataclasses.replace(c, size=(c.size or 0) * factor, step=(c.step or 0) + step)
+        for n, c in allocation.choices.items()
+    }
+    return dataclasses.replace(allocation, choices=choices)
+
+
+def total(allocation: Allocation) -> float:
+    return sum(c.size or 0 for c in allocation.choices.values())
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 2048])
+@pytest.mark.parametrize("budget", [2.0, 3.0, 4.5])
+def test_coded_models_hit_their_budget(
+    budget: float, prefix_tokens: int, larger: Model, bought: Callable[[float], Allocation], tmp_path: Path
+) -> None:
+    allocation, method = bought(budget), coded(budget, prefix_tokens)
+    asked = int(budget * larger.index.parameters / 8)
+    assert allocation.asked_bytes == asked
+    quantize.pack(larger, method, allocation, calibration(), tmp_path / "p", no_progress)
+    assert 0 <= asked - file_bytes(tmp_path / "p") <= 0.001 * asked
+    certificate = open_packed(tmp_path / "p").provenance.certificate
+    assert certificate["asked_bytes"] == asked
+    assert "bought_bytes" not in certificate  # the file's size would stand in the file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prefix_tokens", [0, 1024])
+@pytest.mark.parametrize("budget", [2.5, 4.0])
+def test_small_models_never_exceed_their_budget(
+    budget: float,
+    prefix_tokens: int,
+    family: str,
+    quantizable: Models,
+    split: Callable[..., TokenizedSplit],
+    tmp_path: Path,
+) -> None:
+    """Of so few weights each matrix' size is chance to some thousandths."""
+    model, method = quantizable(family), coded(budget, prefix_tokens)
+    allocation = quantize.allocate(model, method, no_progress)
+    quantize.pack(model, method, allocation, split(family, seed=3).ids, tmp_path / "p", no_progress)
+    assert allocation.asked_bytes is not None
+    assert 0 <= allocation.asked_bytes - file_bytes(tmp_path / "p") <= 0.01 * allocation.asked_bytes
+
+
+def test_no_part_of_the_budget_is_for_text(
+    larger: Model, bought: Callable[[float], Allocation], tmp_path: Path
+) -> None:
+    """Without a prefix no calibration text is read."""
+    quantize.pack(larger, coded(3.0), bought(3.0), NO_IDS, tmp_path / "p", no_progress)
+    with pytest.raises(InputError, match="0 calibration tokens"):
+        quantize.pack(larger, coded(3.0, 64), bought(3.0), NO_IDS, tmp_path / "q", no_progress)
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_steps_are_steered_to_the_bytes_that_were_expected(
+    factor: float, larger: Model, bought: Callable[[float], Allocation]
+) -> None:
+    """All expectations are wrong by 3 %: unsteered, the sizes are what they are; steered, they add up as expected."""
+    allocation, found = resized(bought(3.0), factor), {}
+    for steer in (False, True):
+        course = Course(Plain(larger), allocation, steer=steer)
+        list(quantize.encode(larger, coded(3.0), allocation, course, no_progress))
+        found[steer] = sum(course.sizes.values()) / total(allocation)
+    assert abs(found[False] - 1) > 0.02
+    assert abs(found[True] - 1) < abs(found[False] - 1) / 3
+
+
+def test_one_wrong_expectation_is_made_up_for_by_the_rest(larger: Model, bought: Callable[[float], Allocation]) -> None:
+    allocation = bought(3.0)
+    choices = dict(allocation.choices)
+    first = next(t.name for t in larger.index.tensors if t.layer == 0)
+    choices[first] = dataclasses.replace(choices[first], size=(choices[first].size or 0) * 0.8)
+    allocation = dataclasses.replace(allocation, choices=choices)
+    course = Course(Plain(larger), allocation)
+    list(quantize.encode(larger, coded(3.0), allocation, course, no_progress))
+    assert course.sizes[first] > 1.1 * (choices[first].size or 0)
+    assert abs(sum(course.sizes.values()) / total(allocation) - 1) < 0.005
+
+
+def test_reserve_is_kept_and_corrections_are_bounded(larger: Model, bought: Callable[[float], Allocation]) -> None:
+    allocation = bought(3.0)
+    course = Course(Plain(larger), allocation, reserve=0.02 * total(allocation))
+    list(quantize.encode(larger, coded(3.0), allocation, course, no_progress))
+    assert abs(sum(course.sizes.values()) / (0.98 * total(allocation)) - 1) < 0.004
+    spec = larger.index.tensors[2]
+    job = Job(spec, larger.checkpoint.tensor(spec), allocation.choices[spec.name])
+    steps = []
+    for factor in (0.01, 100.0):
+        choice = Course(Plain(larger), resized(allocation, factor), reserve=total(allocation) / factor).job(job).choice
+        steps.append((choice.step or 0) - (job.choice.step or 0))
+    assert max(map(abs, steps)) == pytest.approx(quantize.STEERING)
+    unsteered = Course(Plain(larger), resized(allocation, 0.5), steer=False).job(job)
+    assert unsteered.choice.step == job.choice.step
+
+
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+@pytest.mark.parametrize("prefix_tokens", [0, 1024])
+def test_a_packing_that_misses_is_done_again(
+    factor: float,
+    prefix_tokens: int,
+    larger: Model,
+    bought: Callable[[float], Allocation],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "nashswarm")
+    allocation = resized(bought(3.0), factor)
+    quantize.pack(larger, coded(3.0, prefix_tokens), allocation, calibration(), tmp_path / "p", no_progress)
+    asked, last = allocation.asked_bytes or 0, file_bytes(tmp_path / "p")
+    earlier = rounds_of(caplog)
+    assert 1 <= len(earlier) < quantize.PACKING_ROUNDS
+    assert abs(earlier[0] - asked) > 0.01 * asked
+    assert 0 <= asked - last <= 0.002 * asked
+
+
+def test_what_fits_is_not_given_up_for_what_might_fit_better(
+    larger: Model, bought: Callable[[float], Allocation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of packing that fit by 2 % first, and exceed the budget whatever else is tried."""
+    allocation, tried = bought(3.0), []
+    asked = allocation.asked_bytes or 0
+
+    def write(*arguments: Any) -> None:
+        course = arguments[4]
+        tried.append(course.reserve)
+        course.sizes["some"] = 1.0
+
+    monkeypatch.setattr(quantize, "_write", write)
+    sizes = iter([1.01, 0.98, 1.02])
+    monkeypatch.setattr(quantize.packed, "file_bytes", lambda _: int(asked * next(sizes, 0.98)))
+    quantize.pack(larger, coded(3.0), allocation, NO_IDS, tmp_path / "p", no_progress)
+    assert len(tried) == quantize.PACKING_ROUNDS
+    assert tried[-1] == tried[1]
+    assert len(set(tried[:-1])) == quantize.PACKING_ROUNDS - 1
+
+
+def test_a_budget_beyond_reach_is_named_and_leaves_nothing(
+    larger: Model, bought: Callable[[float], Allocation], tmp_path: Path
+) -> None:
+    """Steps two octaves too fine: more than steering may correct."""
+    allocation = resized(bought(3.0), 1.0, step=-2.0)
+    with pytest.raises(NashSwarmError, match=r"^methods\.mine\.budget: \d+ bytes were packed, beyond \d+; raise it"):
+        quantize.pack(larger, coded(3.0), allocation, NO_IDS, tmp_path / "p", no_progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1])
+def test_a_budget_below_the_coarsest_options_is_named(budget: float, larger: Model) -> None:
+    with pytest.raises(NashSwarmError, match=r"^methods\.mine\.budget: the coarsest options take .* raise the budget"):
+        quantize.allocate(larger, coded(budget), no_progress)
+
+
+def test_biases_follow_where_a_prefix_is_fitted(
+    larger: Model, bought: Callable[[float], Allocation], tmp_path: Path
+) -> None:
+    moved = {}
+    for tokens in (0, 1024):
+        quantize.pack(larger, coded(3.0, tokens), bought(3.0), calibration(), tmp_path / str(tokens), no_progress)
+        stored = open_packed(tmp_path / str(tokens)).vectors
+        moved[tokens] = {n for n in stored if not np.array_equal(stored[n], larger.checkpoint.read(n).half().numpy())}
+    assert moved[0] == set()
+    owners = {t.name.removesuffix("weight") + "bias" for t in larger.index.tensors if t.layer is not None}
+    assert moved[1024] == owners

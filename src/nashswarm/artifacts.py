@@ -160,6 +160,11 @@ def fresh_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory that must not be used."""
+    shutil.rmtree(path)
+
+
 def link_files(source: Path, target: Path) -> None:
     """The files of `source` in `target` too: hard links where the file system has them, copies elsewhere."""
     target.mkdir(parents=True, exist_ok=True)

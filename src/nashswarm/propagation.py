@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Propagation(Blocks):
         with ExitStack() as hooks:
             for module in filter(is_projection, self.model.modules()):
                 name = self.name_of(module)
-                hooks.enter_context(_before(module, lambda _, at=name: self.sequence.append(at)))
+                hooks.enter_context(_before(module, partial(lambda at, _: self.sequence.append(at), name)))
             self.model(self.windows[:1], use_cache=False)
         self.sequence = list(dict.fromkeys(self.sequence))
 
@@ -172,18 +173,19 @@ class Propagation(Blocks):
         writers = self._writers(layer)
         self._streams = {name: [] for name in writers}
         for number, hidden in enumerate(self.original):
-            written: list[Tensor] = []  # in the writers' order, which is that in which the model runs them
+            written: dict[str, Tensor] = {}  # in the writers' order, which is that in which the model runs them
             with ExitStack() as hooks:
                 for name, module in modules.items():
-                    hooks.enter_context(_before(module, self._inputs[name].append))
+                    see = partial(lambda kept, like, x: kept.append(_by_token(x, like)), self._inputs[name], hidden)
+                    hooks.enter_context(_before(module, see))
                 for name in writers:
-                    hooks.enter_context(_after(modules[name], written.append))
+                    hooks.enter_context(_after(modules[name], partial(written.__setitem__, name)))
                 output = self.run(layer, number, hidden)
             self._outputs.append(output)
             stream = hidden
-            for name, values in zip(writers, written, strict=True):
+            for name, values in written.items():
                 self._streams[name].append(stream)
-                stream = stream + values
+                stream = stream + _by_token(values, hidden) if values.numel() == hidden.numel() else stream
             if number == 0 and writers and not _close(stream, output):
                 logger.info("block %d is not the sum of its parts; its residual stream is not corrected", layer)
                 writers, self._streams = [], {}
@@ -205,7 +207,7 @@ class Propagation(Blocks):
         sums = _Sums()
         for number, original in enumerate(originals):
             now, stream = self._reach(tensor, number)
-            if now.shape != original.shape or original.shape[:2] != self.quantized[number].shape[:2]:
+            if now is None or now.shape != original.shape or original.shape[:2] != self.quantized[number].shape[:2]:
                 return None
             lacking = self._streams[name][number] - stream if stream is not None else None
             for fold in (0, 1):
@@ -214,12 +216,12 @@ class Propagation(Blocks):
         self._sums = originals[0], sums
         return sums
 
-    def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor, Tensor | None]:
-        """The inputs that a matrix gets now, and the stream that it adds to, if it does."""
-        hidden, found, streams = self.quantized[number], [], []
+    def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor | None, Tensor | None]:
+        """The inputs that a matrix gets now, if it is run, and the stream that it adds to, if it does."""
+        hidden, found = self.quantized[number], list[Tensor]()
         if tensor.layer is None:
             return self._head_input(self.model.get_output_embeddings(), hidden), None
-        modules = self.projections(tensor.layer)
+        modules, streams = self.projections(tensor.layer), list[Tensor]()
 
         def stop(x: Tensor) -> None:
             found.append(x)
@@ -233,7 +235,10 @@ class Propagation(Blocks):
             hooks.enter_context(_before(modules[tensor.name], stop))
             with suppress(_Reached):
                 self.run(tensor.layer, number, hidden)
-        return found[0], sum(streams, hidden) if tensor.name in self._streams else None
+        if not found:
+            return None, None
+        stream = sum((_by_token(s, hidden) for s in streams), hidden) if tensor.name in self._streams else None
+        return _by_token(found[0], hidden), stream
 
     def _head_input(self, head: nn.Module, hidden: Tensor) -> Tensor:
         found: list[Tensor] = []
@@ -329,6 +334,13 @@ def _regress(moment: Tensor, product: Tensor, ridge: float) -> Tensor:
 def _held_out(found: Tensor, moment: Tensor, product: Tensor) -> float:
     """Mean squared error on another fold, up to a constant."""
     return float((found * (moment @ found)).sum() - 2 * (found * product).sum())
+
+
+def _by_token(values: Tensor, hidden: Tensor) -> Tensor:
+    """[windows, context, features], also where a model ran its windows as one (OPT); routed experts' are left alone."""
+    tokens = hidden.shape[:-1]
+    flat = values.dim() < hidden.dim() and len(values) == tokens.numel()
+    return values.view(*tokens, -1) if flat else values
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,9 +33,11 @@ from nashswarm.types import (
 )
 
 BUYING_ROUNDS = 8
-PACKING_ROUNDS = 3
+PACKING_ROUNDS = 4
 CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bought
 SLACK = 0.001  # and when they are packed
+CAUTION = 4  # factor by which packing, from its third round on, aims lower and takes more slack: small models jump
+NEAR = 0.03  # share of the budget within which sizes that were measured can be carried to other steps
 STEERING = 0.25  # octaves by which a packing may correct steps
 PASS_TOKENS = 8192  # per forward pass
 
@@ -79,16 +80,23 @@ def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
     """Allocate, write the packed files, compare their bytes with the budget, correct the estimate by the difference.
 
     Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant. Where
-    options are continuous one round is enough, because `pack` steers by the sizes that are noted in the choices.
+    options are continuous it is enough to come near, because `pack` steers by the sizes that are noted in the choices.
     Raises NashSwarmError where no round meets the budget.
     """
     allocator, parameters = load_room("allocators", method.allocator), model.index.parameters
     asked = allocator.asked_bytes(method.allocator_settings, parameters)
     overhead = 2.0 * sum(int(np.prod(v.shape)) for v in model.index.vectors)
+
+    def buy(overhead: float) -> Allocation:
+        try:
+            ledger = allocator.Ledger(parameters, overhead)
+            return allocator.allocate(offers, method.allocator_settings, ledger)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise NashSwarmError(f"methods.{method.name}.{error}") from error
+
     best, most = None, -1
     for _ in range(BUYING_ROUNDS):
-        ledger = allocator.Ledger(parameters, overhead)
-        allocation: Allocation = allocator.allocate(offers, method.allocator_settings, ledger)
+        allocation = buy(overhead)
         bought, sizes = _trial(model, method, allocation)
         logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
         if asked is None or 0 <= asked - bought <= CLOSE * asked:
@@ -96,9 +104,10 @@ def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
         if most < bought <= asked:
             best, most = allocation, bought
         overhead += bought - asked + CLOSE / 2 * asked
-        if sizes:
-            better = allocator.allocate(offers, method.allocator_settings, allocator.Ledger(parameters, overhead))
-            grown = {n: sizes[n] + better.choices[n].size - allocation.choices[n].size for n in sizes}
+        if sizes and abs(bought - asked) <= NEAR * asked:
+            better = buy(overhead)
+            moved = {n: (better.choices[n].size or 0) - (allocation.choices[n].size or 0) for n in sizes}
+            grown = {n: sizes[n] + moved[n] for n in sizes}
             return _sized(better, grown)
     if best is None:
         raise NashSwarmError(f"methods.{method.name}.budget: {asked} bytes could not be met; the closest was {bought}")
@@ -134,19 +143,27 @@ def pack(
     Raises NashSwarmError where the files would exceed the budget.
     """
     tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
-    reserve = 0.0
-    for _ in range(PACKING_ROUNDS):
+    reserve, response, before = 0.0, 1.0, (0.0, 0.0)  # `response`: bytes that one byte of reserve saves
+    fitting: list[tuple[int, float]] = []  # bytes packed, and with which reserve
+    for number in range(PACKING_ROUNDS):
+        if fitting and number == PACKING_ROUNDS - 1:
+            reserve = max(fitting)[1]  # once more what is known to fit
         walk = _propagation(model, ids, tokens) if tokens else Plain(model)
         course = Course(walk, allocation, reserve=reserve)
         _write(model, method, allocation, directory, course, progress)
-        bought = packed.file_bytes(directory)
-        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * asked:
+        bought, ease = packed.file_bytes(directory), CAUTION ** max(number - 1, 0)
+        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * ease * asked:
             break
-        logger.info("%d bytes packed, %d asked: once more", bought, asked)
-        reserve += bought - asked * (1 - CLOSE / 2)
+        logger.info("%d bytes packed, %d asked%s", bought, asked, ": once more" if number < PACKING_ROUNDS - 1 else "")
+        if bought <= asked:
+            fitting.append((bought, reserve))
+        if number and reserve != before[0]:
+            response = min(max((before[1] - bought) / (reserve - before[0]), 0.25), 1.0)
+        before = reserve, bought
+        reserve += (bought - asked * (1 - CLOSE / 2 * ease)) / response
     if asked is not None and bought > asked:
-        shutil.rmtree(directory)
-        raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; run it again")
+        artifacts.remove_directory(directory)
+        raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; raise it")
 
 
 def encode(

@@ -130,7 +130,7 @@ class _Run(Blocks):
         with _hooked(modules, moments, True):
             for number, batch in enumerate(self.batches()):
                 hidden = inputs[batch].clone().requires_grad_()
-                self.run(layer, number, hidden).backward(gradients[batch])
+                self.run(layer, number, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
                 assert hidden.grad is not None
                 gradients[batch] = hidden.grad
         return moments

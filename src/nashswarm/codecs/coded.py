@@ -41,6 +41,7 @@ INPUT_DAMPING = 0.03  # of the inputs' mean power; KL at 3.0 bits: 0.01: 0.0369,
 # How much more the damage of a table counts, whose rows are tokens. Matrices behind others are fitted to what those lost;
 # nothing comes behind a head. On the reference model at 3.0 bits, KL by its value: 1: 0.0376, 1.5: 0.0370.
 TABLE_WEIGHT = 1.5
+TRELLIS_BITS = 0.15  # what a weight's code takes more with two grids of a step than with one, about
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 16  # weights per tensor from which its curves are measured
 
@@ -107,6 +108,7 @@ def offer(job: Job, settings: Settings) -> Candidates:
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ row_weights))
         sizes.append(_entropy_bytes(codes) * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
+    overhead += job.tensor.weights * TRELLIS_BITS / 8
     return Candidates(
         options=-factors,
         size=np.maximum.accumulate(np.array(sizes))[None] + overhead,

@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper test test-scale lint compare clean
+.PHONY: help install reproduce paper test test-scale benchmark lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test: $(READY)  ## the offline test suite, with lint and types
 
 test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
 	python -m pytest -m scale
+
+benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's true shapes
+	python tools/benchmark.py
 
 lint: $(READY)  ## format and check
 	ruff check --fix . && ruff format . && mypy

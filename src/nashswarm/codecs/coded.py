@@ -17,7 +17,7 @@ tables are common to all tensors of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,12 +38,12 @@ SPREADS = np.concatenate([np.arange(-3, 2, 0.25), np.arange(2.0, 13.0)])
 # interaction of rows); at 2.0 bits 0.01: 1.79, 1.0: 0.38 (0.43 without).
 OUTPUT_DAMPING = 1.0
 INPUT_DAMPING = 0.03  # of the inputs' mean power; KL at 3.0 bits: 0.01: 0.0369, 0.03: 0.0365
-# How much more the damage of a table counts, whose rows are tokens. Matrices behind others are fitted to what those lost;
-# nothing comes behind a head. On the reference model at 3.0 bits, KL by its value: 1: 0.0376, 1.5: 0.0370.
+# How much more the damage of a table counts, whose rows are tokens. Other matrices are fitted to what those before them
+# lost; nothing comes behind a head. On the reference model at 3.0 bits, KL by its value: 1: 0.0376, 1.5: 0.0370.
 TABLE_WEIGHT = 1.5
-TRELLIS_BITS = 0.15  # what a weight's code takes more with two grids of a step than with one, about
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
-SAMPLE = 1 << 16  # weights per tensor from which its curves are measured
+SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
+SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Steps:
 
 
 def offer(job: Job, settings: Settings) -> Candidates:
-    """Bytes and damage of one matrix over a range of k, measured on its weights rounded without feedback.
+    """Bytes and damage of one matrix over a range of k, measured on a sample of its weights, rounded without feedback.
 
     Feedback moves weights by less than a step, which changes their entropy little and their rounding error not at all.
     """
@@ -101,14 +101,14 @@ def offer(job: Job, settings: Settings) -> Candidates:
     factors = float(np.log2(spread)) - SPREADS  # log2 k, falling: rising precision
     widths = steps.of_rows()[rows, None] * (steps.of_columns(0) / model.columns.step)
     sizes, damages = [], []
+    snap = _sample_rounding(*relative.shape)
     for factor in factors:
         scaled = relative * 2.0**-factor
-        codes = scaled.round()
-        errors = (scaled - codes).mul_(widths).mul_(2.0**factor)
+        codes, values = snap(scaled)
+        errors = (scaled - values).mul_(widths).mul_(2.0**factor)
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ row_weights))
         sizes.append(_entropy_bytes(codes) * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
-    overhead += job.tensor.weights * TRELLIS_BITS / 8
     return Candidates(
         options=-factors,
         size=np.maximum.accumulate(np.array(sizes))[None] + overhead,
@@ -118,10 +118,25 @@ def offer(job: Job, settings: Settings) -> Candidates:
     )
 
 
-def _entropy_bytes(codes: Tensor) -> float:
-    integers = codes.clamp(-(2.0**30), 2.0**30).to(torch.int32).numpy()
-    scales = entropy.fit_scales(integers)
-    histogram = entropy.histogram(integers, *scales)
+def _sample_rounding(rows: int, columns: int) -> Callable[[Tensor], tuple[np.ndarray, Tensor]]:
+    """Rounding without feedback: float32 [rows, columns], in steps -> codes int32, values float32.
+
+    Columns are laid end to end, and the machine starts anew at each.
+    """
+    edges = np.arange(0, rows * columns + 1, rows)
+    snap, ones = trellis.rounding(edges, trellis.machine(SAMPLE_STATES), None), np.ones(rows * columns, np.float32)
+
+    def rounded(scaled: Tensor) -> tuple[np.ndarray, Tensor]:
+        flat = scaled.clamp(-LARGEST_CODE, LARGEST_CODE).T.reshape(-1).numpy()
+        codes, values = (found.reshape(columns, rows).T for found in snap(flat, ones))
+        return np.ascontiguousarray(codes), torch.from_numpy(np.ascontiguousarray(values))
+
+    return rounded
+
+
+def _entropy_bytes(codes: np.ndarray) -> float:
+    scales = entropy.fit_scales(codes)
+    histogram = entropy.histogram(codes, *scales, machine=trellis.machine(SAMPLE_STATES))
     return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
 
 

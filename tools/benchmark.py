@@ -1,0 +1,84 @@
+"""Time and memory of score, allocate and pack on a model of GPT-2's true shapes and random weights: make benchmark.
+
+Nothing but the shapes matters to either, so no checkpoint is needed. Prints seconds of each step, as they are and over
+those of one forward pass over the same calibration tokens, and the peak of resident memory.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from nashswarm import artifacts, models, packed, quantize, statistics
+from nashswarm.config import Scoring, parse_method
+
+SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
+
+
+def main(
+    shape: Annotated[str, typer.Argument(help=", ".join(SHAPES))] = "gpt2",
+    codec: Annotated[str, typer.Option(help="coded or tiles")] = "coded",
+    budget: Annotated[float, typer.Option(help="true bits per weight")] = 3.0,
+    tokens: Annotated[int, typer.Option(help="of calibration")] = Scoring().tokens,
+) -> None:
+    """Run the three steps once and print what they took."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    layers, width, heads = SHAPES[shape]
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
+        root = Path(scratch)
+        GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads)).save_pretrained(root / "model")
+        _run(root, np.random.default_rng(0).integers(0, 50257, 65_536).astype(np.int32), codec, budget, tokens)
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def _run(root: Path, ids: np.ndarray, codec: str, budget: float, tokens: int) -> None:
+    index = models.describe(root / "model")
+    record = artifacts.SourceRecord("embedded", str(root / "model"), None, None, {})
+    checkpoint = models.Checkpoint.open(root / "model", index)
+    model = quantize.Model("m", index, record, checkpoint, lambda name: artifacts.read_statistics(root, name))
+    method = parse_method("m", {"allocator": "market", "codec": codec, "budget": budget})
+    original = models.load_original(root / "model", index)
+    windows = torch.from_numpy(ids[:tokens].astype(np.int64)).view(-1, index.context)
+    started = time.perf_counter()
+    with torch.no_grad():
+        for window in windows:
+            original(window[None], use_cache=False)
+    unit, total = time.perf_counter() - started, 0.0
+
+    def note(step: str, started: float) -> None:
+        nonlocal total
+        seconds = time.perf_counter() - started
+        total += seconds
+        print(f"{step:10s} {seconds:8.1f} s {seconds / unit:6.1f} forward passes", flush=True)
+
+    started = time.perf_counter()
+    for tensor, found in statistics.gather(original, index, ids, Scoring(tokens=tokens), _quiet):
+        artifacts.write_statistics(root, tensor.name, found)
+    note("score", started)
+    del original
+    started = time.perf_counter()
+    allocation = quantize.allocate(model, method, _quiet)
+    note("allocate", started)
+    started = time.perf_counter()
+    quantize.pack(model, method, allocation, ids, root / "packed", _quiet)
+    note("pack", started)
+    size = 8 * packed.file_bytes(root / "packed") / index.parameters
+    print(f"{'all':10s} {total:8.1f} s, {total / 60:.1f} minutes; {size:.4f} bits per weight")
+
+
+def _quiet(items: object, _: str) -> object:
+    return items
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -319,5 +319,6 @@ def _choice(raw: Mapping[str, Any]) -> Choice:
         thresholds=tuple(raw["thresholds"]),
         step=raw["step"],
         size=raw["size"],
+        slope=raw["slope"],
         tiles=tuple(raw["tiles"]),
     )

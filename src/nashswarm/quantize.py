@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -267,13 +268,15 @@ class Course:
     reserve: float = 0.0  # bytes to stay below what was bought
     steer: bool = True
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes of codes so far
+    corrections: dict[str, float] = dataclasses.field(default_factory=dict)  # octaves by which their steps are coarser
 
     def job(self, job: Job) -> Job:
         """The same, aimed, and with its step corrected."""
         aim = self.walk.aim(job.tensor, job.weight)
         choice, statistics = job.choice, job.statistics
         if choice.step is not None and self.steer:
-            choice = dataclasses.replace(choice, step=choice.step + self._correction())
+            correction = self.corrections[job.tensor.name] = self._correction()
+            choice = dataclasses.replace(choice, step=choice.step + correction)
         if aim.second_moment is not None and statistics is not None:
             statistics = dataclasses.replace(statistics, second_moment=aim.second_moment)
         return dataclasses.replace(job, weight=aim.weight, choice=choice, statistics=statistics)
@@ -288,15 +291,23 @@ class Course:
     def _correction(self) -> float:
         """log2 of the factor on the steps of the matrices to come that leads to the bytes that were bought."""
         expected = {n: c.size for n, c in self.allocation.choices.items() if c.size is not None}
-        rest = {t.name: t.weights for t in self.walk.order() if t.name in expected and t.name not in self.sizes}
+        slopes = {n: self.allocation.choices[n].slope or expected[n] for n in expected}
+        rest = [n for n in expected if n not in self.sizes]
         if not rest:
             return 0.0
-        inside = {t.name for t in self.walk.order() if t.layer is not None}
-        seen = [n for n in self.sizes if n in inside and n in expected]
-        grown = sum(self.sizes[n] for n in seen) / sum(expected[n] for n in seen) if seen else 1.0
+        # Steps follow the inputs' moments, which are measured anew: what that did to sizes, it will do to their like.
+        seen = {n: self.sizes[n] + self.corrections.get(n, 0.0) * slopes[n] for n in self.sizes if n in expected}
+        coming = sum(expected[n] * _growth(n, seen, expected) for n in rest)
         left = sum(expected.values()) - self.reserve - sum(self.sizes.values())
-        octaves = 8 * (grown * sum(expected[n] for n in rest) - left) / sum(rest.values())
+        octaves = (coming - left) / max(sum(slopes[n] for n in rest), 1e-9)
         return min(max(octaves, -STEERING), STEERING)
+
+
+def _growth(name: str, seen: Mapping[str, float], expected: Mapping[str, float]) -> float:
+    """By which factor matrices like this one took more than expected: its namesakes in other layers, if any."""
+    kind = re.sub(r"\d+", "", name)
+    like = [n for n in seen if re.sub(r"\d+", "", n) == kind]
+    return sum(seen[n] for n in like) / max(sum(expected[n] for n in like), 1e-9) if like else 1.0
 
 
 def _offer(model: Model, tensor: TensorSpec, method: Method, needs_importance: bool) -> Offer:

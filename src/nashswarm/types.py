@@ -131,6 +131,7 @@ class Choice:
     thresholds: tuple[float, ...] = ()  # importance at which the next class begins (len(classes) - 1)
     step: float | None = None  # log2 of the factor on a coded tensor's steps
     size: float | None = None  # bytes expected of a coded tensor's codes
+    slope: float | None = None  # bytes more that steps finer by an octave take
     tiles: tuple[str, ...] = ()  # a digit per tile: its width in bits; one string for each strip of rows
 
 

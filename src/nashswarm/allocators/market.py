@@ -78,7 +78,7 @@ def allocate(offers: Iterable[Offer], settings: Settings, ledger: Ledger | None 
     asked = asked_bytes(settings, ledger.parameters)
     if asked is None:
         assert settings.target_rise is not None
-        price = _price_of(table, lambda picked: -_total(table.distortion, picked), -settings.target_rise)
+        price = price_for_rise(table, settings.target_rise)
         picked = respond(table, price)
         spendable = _total(table.size, picked)
     else:
@@ -103,7 +103,15 @@ def price_for(table: Table, budget: float) -> float:
         raise ValueError(
             f"budget: the coarsest options take {least:.0f} bytes, {budget:.0f} are left for them; raise the budget"
         )
-    return _price_of(table, lambda picked: _total(table.size, picked), budget)
+    return _prices_around(lambda price: _total(table.size, respond(table, price)) <= budget)[1]
+
+
+def price_for_rise(table: Table, rise: float) -> float:
+    """The highest price, nats per byte, at which the best responses are predicted to cost no more than `rise` nats."""
+    least = float(table.distortion[:, -1].sum())
+    if least > rise:
+        raise ValueError(f"target_rise: the finest options are predicted to cost {least:.3g} nats already; raise it")
+    return _prices_around(lambda price: _total(table.distortion, respond(table, price)) > rise)[0]
 
 
 def spend(table: Table, picked: np.ndarray, price: float, budget: float) -> np.ndarray:
@@ -138,18 +146,18 @@ def duality_gap(table: Table, picked: np.ndarray, price: float, budget: float) -
     return _total(table.distortion, picked) - bound
 
 
-def _price_of(table: Table, measure: Callable[[np.ndarray], float], limit: float) -> float:
-    """The lowest price at which `measure(best responses)`, falling in the price, is at most `limit`."""
+def _prices_around(dear: Callable[[float], bool]) -> tuple[float, float]:
+    """The two neighbouring prices between which `dear`, false for low prices and true for high ones, changes."""
     low, high = PRICES
     for _ in range(ROUNDS):
         middle = math.sqrt(low * high)
         if middle in (low, high):
             break
-        if measure(respond(table, middle)) <= limit:
+        if dear(middle):
             high = middle
         else:
             low = middle
-    return high
+    return low, high
 
 
 def _total(values: np.ndarray, picked: np.ndarray) -> float:
@@ -223,7 +231,10 @@ def _allocation(
 
 def _choice(offer: Offer, grid: Candidates, own: np.ndarray) -> Choice:
     if grid.continuous:
-        return Choice(step=-float(grid.options[own[0]]), size=float(grid.size[0, own[0]]))
+        at = int(own[0])
+        around = [max(at - FINE, 0), min(at + FINE, len(grid.options) - 1)]
+        slope = float(np.diff(grid.size[0, around])[0] / np.diff(grid.options[around])[0])
+        return Choice(step=-float(grid.options[at]), size=float(grid.size[0, at]), slope=slope)
     digits = "".join(str(int(b)) for b in grid.options[own])
     strips = len(digits) // grid.per_strip
     return Choice(tiles=tuple(digits[i * grid.per_strip : (i + 1) * grid.per_strip] for i in range(strips)))

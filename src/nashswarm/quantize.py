@@ -8,10 +8,12 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nashswarm import artifacts, packed
@@ -67,11 +69,15 @@ def open_model(layout: artifacts.Layout, name: str) -> Model:
 def allocate(model: Model, method: Method, progress: Progress) -> Allocation:
     """Ask the method's allocator for the bits of every tensor in the method's scope."""
     allocator, codec = load_room("allocators", method.allocator), load_room("codecs", method.codec)
-    tensors = progress(model.index.scope(method.scope), "allocate")
+    scope = model.index.scope(method.scope)
+    tensors = progress(scope, "allocate")
     if allocator.BUYS == "candidates":
-        offers = [
-            Offer(t, candidates=codec.offer(_job(model, t, method, Choice()), method.codec_settings)) for t in tensors
-        ]
+
+        def offer(tensor: TensorSpec) -> Offer:
+            return Offer(tensor, candidates=codec.offer(_job(model, tensor, method, Choice()), method.codec_settings))
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is numpy, which uses one core
+            offers = [found for _, found in zip(tensors, pool.map(offer, scope), strict=True)]
         return _buy(model, method, offers)
     with_importance = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
     return allocator.allocate(with_importance, method.allocator_settings)  # type: ignore[no-any-return]
@@ -120,6 +126,9 @@ def _trial(model: Model, method: Method, allocation: Allocation) -> tuple[int, d
 
     Nothing is fitted to a quantized prefix here: that moves sizes by some thousandths and takes the most time.
     """
+    codec = load_room("codecs", method.codec)
+    if hasattr(codec, "draft"):
+        method = dataclasses.replace(method, codec_settings=codec.draft(method.codec_settings))
     course = Course(Plain(model), allocation, steer=False)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         directory = Path(scratch) / "packed"

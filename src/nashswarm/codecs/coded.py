@@ -18,7 +18,7 @@ tables are common to all tensors of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ WIDTHS: tuple[int, ...] = ()
 STEPS_PER_OCTAVE = 8
 BASE_UNITS = 1 << 16  # per octave: an integer in the manifest, exact everywhere
 # log2 of the weights' spread in steps, from nearly no bits to 14 a weight; above 2 bits the curves are straight.
-SPREADS = np.concatenate([np.arange(-3, 2, 0.25), np.arange(2.0, 13.0)])
+SPREADS = np.concatenate([np.arange(-3, 2, 0.5), np.arange(2.0, 13.0)])
 # Of the outputs' mean Fisher information: where the local model sees next to no curvature, errors leave its range.
 # On the reference model at 3.0 bits, rise in loss by damping: 0.01: 0.107, 0.3: 0.053, 1.0: 0.054 (0.069 without
 # interaction of rows); at 2.0 bits 0.01: 1.79, 1.0: 0.38 (0.43 without).
@@ -60,6 +60,11 @@ class Settings:
             raise ValueError(f"states: {self.states} is none of {', '.join(map(str, trellis.POLYNOMIALS))}")
         if self.prefix_tokens < 0:
             raise ValueError(f"prefix_tokens: {self.prefix_tokens} is negative; 0 turns the fitting off")
+
+
+def draft(settings: Settings) -> Settings:
+    """As many bytes, made faster: at the same steps, trellises of 8 and of 32 states cost the same to a thousandth."""
+    return replace(settings, states=SAMPLE_STATES)
 
 
 @dataclass(frozen=True, slots=True)

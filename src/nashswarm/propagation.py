@@ -32,6 +32,7 @@ from nashswarm.blocks import Blocks, is_projection, replaced_blocks
 from nashswarm.types import NashSwarmError, TensorSpec
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
+TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
 
 logger = logging.getLogger(__name__)
@@ -292,10 +293,14 @@ class _Sums:
         return total["x"] / total["count"]
 
     def moment(self, centered: bool) -> Tensor:
-        """The inputs' second moment, float64 [in, in]."""
+        """The inputs' second moment, float64 [in, in]; about the mean, a constant input keeps a trace of its power."""
         total = self.total()
-        mean = self.mean() if centered else torch.zeros_like(total["x"])
-        return total["xx"] / total["count"] - torch.outer(mean, mean)
+        moment, mean = total["xx"] / total["count"], self.mean()
+        if centered:
+            least = TRACE * float(moment.diagonal().mean())
+            moment = moment - torch.outer(mean, mean)
+            moment.diagonal().clamp_(min=least)
+        return moment
 
     def solve(self, weight: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
         """What to add to the weights, float64 [out, in], and to the bias, float64 [out]."""

@@ -64,6 +64,11 @@ def test_round_trip_ragged(shape):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(1, 200), st.data())
 def test_round_trip_any_blocks_and_lanes(rows, cols, seed, block, data):
+    check_any_blocks_and_lanes(rows, cols, seed, block, data)
+
+
+def check_any_blocks_and_lanes(rows, cols, seed, block, data, machines=(None,)):
+    """A round trip with escapes of either parity anywhere, blocks of any size, lanes of any length."""
     rng = np.random.default_rng(seed)
     row, column = scales(rng, rows, cols, spread=data.draw(st.sampled_from([0, 3, 60])))
     codes = laplace(rng, row, np.clip(column, -20, 8))
@@ -72,7 +77,7 @@ def test_round_trip_any_blocks_and_lanes(rows, cols, seed, block, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entropy, "BLOCK", block)
         patch.setattr(entropy, "CODES_PER_LANE", data.draw(st.integers(1, 20)))
-        check_round_trip(codes, row, column)
+        check_round_trip(codes, row, column, machine=data.draw(st.sampled_from(machines)))
 
 
 def test_round_trip_extreme_codes():
@@ -173,16 +178,8 @@ def test_round_trip_with_a_machine(shape, machine):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2**32 - 1), st.integers(1, 200), st.data())
 def test_round_trip_with_a_machine_any_blocks_and_lanes(rows, cols, seed, block, data):
-    """Fewer columns than lanes, lanes that end within a row, blocks of one row, escapes of either parity anywhere."""
-    rng = np.random.default_rng(seed)
-    row, column = scales(rng, rows, cols, spread=data.draw(st.sampled_from([0, 3, 60])))
-    codes = laplace(rng, row, np.clip(column, -20, 8))
-    for _ in range(data.draw(st.integers(0, 5))):
-        codes[rng.integers(rows), rng.integers(cols)] = data.draw(st.integers(INT32.min, INT32.max))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entropy, "BLOCK", block)
-        patch.setattr(entropy, "CODES_PER_LANE", data.draw(st.integers(1, 20)))
-        check_round_trip(codes, row, column, machine=data.draw(st.sampled_from(MACHINES)))
+    """Fewer columns than lanes, lanes that end within a row, blocks of one row."""
+    check_any_blocks_and_lanes(rows, cols, seed, block, data, MACHINES)
 
 
 @pytest.mark.usefixtures("small_blocks")

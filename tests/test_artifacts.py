@@ -175,7 +175,7 @@ def test_missing_arrays_are_named_with_the_fix(tmp_path: Path) -> None:
     "statistics",
     [
         Statistics(np.eye(3, dtype=np.float32), np.ones(2, np.float32)),
-        Statistics(frequency=np.ones(4, np.float32), lookup_fisher=np.zeros(3, np.float32)),
+        Statistics(frequency=np.ones(4, np.float32), lookup_moment=np.zeros((3, 3), np.float32)),
         Statistics(*(np.full(2, i, np.float32) for i in range(4))),
     ],
 )

@@ -170,8 +170,7 @@ def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None
 
 def half_a_step_after_feedback(job: Job, packed: PackedTensor, found: Tensor) -> None:
     """The module's claim: damage is 1/2 sum rows_r (e_rc / U_cc)^2, each |e_rc| at most half of its step."""
-    model = coded._loss_model(job, coded.Settings())
-    steps = model.steps
+    model, steps = coded._loss_model(job, coded.Settings())
     step = steps.of_rows()[:, None].double() * steps.of_columns(job.choice.step or 0.0).double()
     most = 0.5 * float((step / 2 / model.columns.step.double()).square().sum(1) @ model.rows)
     # Codes beyond 2^24 are not exact in float32: the rounding of the weights themselves comes on top.
@@ -321,7 +320,7 @@ def test_encoding_is_deterministic(name: str, settings: dict[str, Any], choice: 
 def test_every_part_of_a_model_can_be_packed(name: str, part: Part) -> None:
     """A table that is only looked up has no second moment, a tied one has both."""
     room, shape = load_room("codecs", name), (9, 70)
-    lookup = {"frequency": np.full(9, 0.1, np.float32), "lookup_fisher": np.full(70, 0.01, np.float32)}
+    lookup = {"frequency": np.full(9, 0.1, np.float32), "lookup_moment": 0.01 * np.eye(70, dtype=np.float32)}
     kinds = [statistics(shape)]
     if part == "embedding":
         kinds += [Statistics(**lookup), dataclasses.replace(statistics(shape), **lookup)]

@@ -61,7 +61,7 @@ def directly(directory: Path, ids: np.ndarray) -> tuple[ModelIndex, Direct]:
     def watch(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         name = canonical[id(module.weight)]
         if isinstance(module, torch.nn.Embedding):
-            output.register_hook(lambda g: found.lookup.update({name: g.flatten(0, -2).square().sum(0)}))
+            output.register_hook(lambda g: found.lookup.update({name: g.flatten(0, -2).T @ g.flatten(0, -2)}))
             return
         x = args[0].detach().flatten(0, -2)
         found.second[name] = x.T @ x
@@ -109,20 +109,20 @@ def test_statistics_equal_a_direct_computation(family: str, checkpoint: Checkpoi
             close(statistics.second_moment, expected.second[tensor.name] / tokens)
             close(statistics.fisher, expected.fisher[tensor.name] / tokens)
         looked_up = tensor.kind == "embedding"
-        assert (statistics.frequency is not None) == (statistics.lookup_fisher is not None) == looked_up
+        assert (statistics.frequency is not None) == (statistics.lookup_moment is not None) == looked_up
         if looked_up:
             close(statistics.frequency, (expected.counts[tensor.name] + FREQUENCY_PRIOR) / tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lookup_fisher_is_that_of_the_looked_up_values(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+def test_lookup_moment_is_that_of_the_looked_up_values(family: str, checkpoint: Checkpoints, split: Splits) -> None:
     """For the tokens' table; the positions' values are added once for each window, so their gradients are alike."""
     ids = split(family).ids
     found = run(checkpoint(family), ids)
     index, expected = directly(checkpoint(family), ids)
     for tensor in index.tensors:
         if tensor.kind == "embedding" and tensor.shape[0] == VOCABULARY:
-            close(found[tensor.name].lookup_fisher, expected.lookup[tensor.name] / (WINDOWS * CONTEXT))
+            close(found[tensor.name].lookup_moment, expected.lookup[tensor.name] / (WINDOWS * CONTEXT))
 
 
 def test_opts_positions_are_counted_in_their_own_rows(checkpoint: Checkpoints, split: Splits) -> None:

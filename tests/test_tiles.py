@@ -209,14 +209,6 @@ def test_a_scale_of_the_weights_changes_nothing_else(scale: float) -> None:
     assert torch.equal(tiles.decode(one) * exact, tiles.decode(other))
 
 
-def test_rows_that_were_never_looked_up_keep_some_bits() -> None:
-    frequency = np.zeros(64, np.float32)
-    frequency[:32] = 0.01
-    found = Statistics(frequency=frequency, lookup_fisher=np.ones(128, np.float32))
-    offered = tiles.offer(job_of(normal(64, 128), Choice(), "embedding", found), tiles.Settings())
-    assert offered.distortion[2, 0] == pytest.approx(offered.distortion[0, 0] / 3, rel=0.2)
-
-
 def test_an_allocation_of_another_shape_is_refused() -> None:
     for wrong in ((), ("4", "4"), ("44",), ("7",)):
         with pytest.raises(NashSwarmError, match=re.escape(NAME)):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm.types import InputError, Statistics
+from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
 BLOCK = 128  # columns between two matrix products; the original's value
@@ -55,19 +55,19 @@ class Factor:
 def curvature(statistics: Statistics, name: str) -> Curvature:
     """One quadratic model for all uses of a matrix.
 
-    A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r D E_r^T, D
-    diagonal. Head and text agree on which tokens are frequent, so frequency_r is nearly proportional to fisher_r; with
-    the mean ratio in its place both uses share the rows' weights, and their moments add up.
+    A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r L E_r^T.
+    Head and text agree on which tokens are frequent, so frequency_r is nearly proportional to fisher_r; with the mean
+    ratio in its place both uses share the rows' weights, and their moments add up.
     """
-    lookup, frequency = statistics.lookup_fisher, statistics.frequency
+    lookup, frequency = statistics.lookup_moment, statistics.frequency
     if statistics.second_moment is None or statistics.fisher is None:
         if lookup is None or frequency is None:
             raise InputError(f"{name}: no statistics; run the score stage, or use a codec that needs none")
-        return Curvature(_double(lookup).diag(), _double(frequency))
+        return Curvature(_double(lookup), _double(frequency))
     inputs, rows = _double(statistics.second_moment), _double(statistics.fisher)
     if lookup is not None and frequency is not None:
         ratio = float(frequency.sum(dtype="float64")) / max(float(rows.sum()), 1e-300)
-        inputs = inputs + ratio * _double(lookup).diag()
+        inputs = inputs + ratio * _double(lookup)
     gradient = statistics.gradient_moment
     return Curvature(inputs, rows, None if gradient is None else _double(gradient))
 
@@ -100,6 +100,58 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
         logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
+
+
+@dataclass(frozen=True, slots=True)
+class LossModel:
+    """What rounding errors e of one matrix do, each taken as it is when its turn comes.
+
+    Rounding goes by damped moments, since errors along directions without curvature would leave the range in which the
+    loss is quadratic: it keeps 1/2 sum_rc rows_r (e_rc / U_cc)^2 small. What the errors then cost is another matter: it
+    is the model without damping whose predictions measurements confirm.
+    """
+
+    curvature: Curvature
+    columns: Factor
+    spread: Factor | None  # how errors act on later rows, where rows interact
+    rows: Tensor  # float64 [out]
+
+    def damage(self) -> tuple[Tensor, Tensor]:
+        """a, float64 [out], and b, float64 [in]: errors cost 1/2 sum_rc a_r b_c e_rc^2, nats per token."""
+        columns = _damage(self.columns, self.curvature.inputs)
+        if self.spread is None or self.curvature.outputs is None:
+            return self.curvature.rows, columns
+        return _damage(self.spread, self.curvature.outputs), columns
+
+
+def loss_model(job: Job, codec: str, input_damping: float, output_damping: float, act_order: bool) -> LossModel:
+    """The loss around a matrix. Arguments: `act_order`, whether rows, too, are rounded by falling power.
+
+    Raises InputError, naming the matrix, where there are no statistics or where nothing it does reaches the loss.
+    """
+    name = job.tensor.name
+    if job.statistics is None:
+        raise InputError(f"{name}: codec '{codec}' needs statistics; run the score stage")
+    found = curvature(job.statistics, name)
+    if not float(found.rows.mean()) > 0:
+        raise InputError(f"{name}: its Fisher information is zero; nothing that it does reaches the loss")
+    columns = factor(found.inputs, name, input_damping)
+    if found.outputs is None:
+        return LossModel(found, columns, None, found.rows)
+    spread = factor(found.outputs, name, output_damping, act_order)
+    return LossModel(found, columns, spread, spread.step.double() ** -2)
+
+
+def _damage(found: Factor, moment: Tensor) -> Tensor:
+    """(U M U^T)_cc / U_cc^2, float64 [in], in the moment's own order: of a unit's error, with what feedback by U adds.
+
+    Without damping M = (U^T U)^-1, and it is 1 / U_cc^2.
+    """
+    upper = found.upper.double()
+    damage = torch.empty(len(moment), dtype=torch.float64)
+    power = ((upper @ moment[found.order][:, found.order]) * upper).sum(1)
+    damage[found.order] = power.clamp(min=0) / upper.diagonal() ** 2
+    return damage
 
 
 def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:

@@ -147,7 +147,11 @@ class _Run(Blocks):
     ) -> Iterator[tuple[TensorSpec, Statistics]]:
         """Tables: how often each row is looked up, and the Fisher information of the first block's input."""
         width = gradients.shape[-1]
-        fisher = gradients.view(-1, width).square().mean(0, dtype=torch.float64)
+        moment = torch.zeros(width, width, dtype=torch.float64)
+        for batch in self.batches():
+            g = gradients[batch].view(-1, width)
+            moment += g.T @ g
+        moment /= self.windows.numel()
         for tensor in self.index.tensors:
             if tensor.kind != "embedding":
                 continue
@@ -156,9 +160,10 @@ class _Run(Blocks):
             counts = lookups[tensor.name] + FREQUENCY_PRIOR
             per_token = counts / self.windows.numel()
             # A table narrower than the blocks (OPT-350M projects it) has no gradient of its own: the mean stands in.
-            own = fisher if tensor.shape[1] == width else fisher.mean().expand(tensor.shape[1])
+            mean = moment.diagonal().mean()
+            own = moment if tensor.shape[1] == width else mean * torch.eye(tensor.shape[1], dtype=torch.float64)
             use = head[tensor.name].statistics(tensor.name) if tensor.name in head else Statistics()
-            yield tensor, replace(use, frequency=_float32(per_token), lookup_fisher=_float32(own))
+            yield tensor, replace(use, frequency=_float32(per_token), lookup_moment=_float32(own))
 
 
 def _float32(value: Tensor) -> np.ndarray:

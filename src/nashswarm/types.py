@@ -157,14 +157,14 @@ class Statistics:
     looked up: how often each row is, and the Fisher information of the looked-up values. A tied matrix has both. The
     rise in loss that an error E of W causes, in nats per token, is then
 
-        1/2 sum_r fisher_r (E second_moment E^T)_rr + 1/2 sum_rj frequency_r lookup_fisher_j E_rj^2
+        1/2 sum_r fisher_r (E second_moment E^T)_rr + 1/2 sum_r frequency_r (E lookup_moment E^T)_rr
     """
 
     second_moment: np.ndarray | None = None  # float32 [in, in], E[x x^T]
     fisher: np.ndarray | None = None  # float32 [out], E[(d loss / d y)^2] in nats^2, labels drawn from the model
     gradient_moment: np.ndarray | None = None  # float32 [out, out], E[g g^T], g = d loss / d y; None for a head
     frequency: np.ndarray | None = None  # float32 [out], lookups of each row per token
-    lookup_fisher: np.ndarray | None = None  # float32 [in], as fisher, of the values looked up
+    lookup_moment: np.ndarray | None = None  # float32 [in, in], as gradient_moment, of the values looked up
 
 
 @dataclass(frozen=True, slots=True)

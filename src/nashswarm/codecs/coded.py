@@ -38,9 +38,6 @@ SPREADS = np.concatenate([np.arange(-3, 2, 0.5), np.arange(2.0, 13.0)])
 # interaction of rows); at 2.0 bits 0.01: 1.79, 1.0: 0.38 (0.43 without).
 OUTPUT_DAMPING = 1.0
 INPUT_DAMPING = 0.03  # of the inputs' mean power; KL at 3.0 bits: 0.01: 0.0369, 0.03: 0.0365
-# How much more the damage of a table counts, whose rows are tokens. Other matrices are fitted to what those before them
-# lost; nothing comes behind a head. On the reference model at 3.0 bits, KL by its value: 1: 0.0376, 1.5: 0.0370.
-TABLE_WEIGHT = 1.5
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
@@ -92,26 +89,25 @@ def offer(job: Job, settings: Settings) -> Candidates:
 
     Feedback moves weights by less than a step, which changes their entropy little and their rounding error not at all.
     """
-    model = _loss_model(job, settings)
-    steps = model.steps
+    model, steps = _loss_model(job, settings)
     stride = max(1, -(-job.tensor.weights // SAMPLE))
     rows = torch.arange(0, job.tensor.shape[0], stride)
-    weight, row_weights = job.weight[rows], model.rows[rows]
-    scale = float(model.rows.sum() / row_weights.sum().clamp(min=1e-300))
-    scale *= TABLE_WEIGHT if model.spread is None else 1.0
+    row_damage, column_damage = model.damage()
+    weight, damage = job.weight[rows], row_damage[rows]
+    scale = float(row_damage.sum() / damage.sum().clamp(min=1e-300))
     relative = weight / (steps.of_rows()[rows, None] * steps.of_columns(0))  # in steps of k = 1
     spread = float(relative.square().mean().sqrt())
     if not spread > 0:
         relative, spread = relative + 1e-30, 1e-30  # an all-zero matrix: any step gives zeros
     factors = float(np.log2(spread)) - SPREADS  # log2 k, falling: rising precision
-    widths = steps.of_rows()[rows, None] * (steps.of_columns(0) / model.columns.step)
+    widths = steps.of_rows()[rows, None] * (steps.of_columns(0) * column_damage.sqrt().float())
     sizes, damages = [], []
     snap = _sample_rounding(*relative.shape)
     for factor in factors:
         scaled = relative * 2.0**-factor
         codes, values = snap(scaled)
         errors = (scaled - values).mul_(widths).mul_(2.0**factor)
-        damages.append(0.5 * scale * float(errors.double().square().sum(1) @ row_weights))
+        damages.append(0.5 * scale * float(errors.double().square().sum(1) @ damage))
         sizes.append(_entropy_bytes(codes) * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
     return Candidates(
@@ -145,29 +141,10 @@ def _entropy_bytes(codes: np.ndarray) -> float:
     return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
 
 
-@dataclass(frozen=True, slots=True)
-class _LossModel:
-    """Damage of rounding errors e: 1/2 sum_rc rows_r (e_rc / columns.step_c)^2, nats per token."""
-
-    columns: feedback.Factor
-    rows: Tensor  # float64 [out]
-    spread: feedback.Factor | None  # how errors act on later rows, where rows interact
-    steps: Steps
-
-
-def _loss_model(job: Job, settings: Settings) -> _LossModel:
-    name = job.tensor.name
-    if job.statistics is None:
-        raise InputError(f"{name}: codec 'coded' needs statistics; run the score stage")
-    curvature = feedback.curvature(job.statistics, name)
-    if not float(curvature.rows.mean()) > 0:
-        raise InputError(f"{name}: its Fisher information is zero; nothing that it does reaches the loss")
-    columns, spread, rows = feedback.factor(curvature.inputs, name, INPUT_DAMPING), None, curvature.rows
-    exponent = settings.token_row_exponent
-    if curvature.outputs is not None:
-        spread = feedback.factor(curvature.outputs, name, OUTPUT_DAMPING, act_order=False)
-        rows, exponent = spread.step.double() ** -2, settings.row_exponent
-    return _LossModel(columns, rows, spread, _steps(columns, rows, exponent))
+def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps]:
+    model = feedback.loss_model(job, "coded", INPUT_DAMPING, OUTPUT_DAMPING, act_order=False)
+    exponent = settings.token_row_exponent if model.spread is None else settings.row_exponent
+    return model, _steps(model.columns, model.rows, exponent)
 
 
 def _steps(columns: feedback.Factor, rows: Tensor, exponent: float) -> Steps:
@@ -213,9 +190,9 @@ class Rounded:
 def round_one(job: Job, settings: Settings) -> Rounded:
     """Round one matrix. Raises InputError where its codes leave all bounds, or where it has no statistics."""
     assert job.choice.step is not None
-    model, machine = _loss_model(job, settings), trellis.machine(settings.states)
-    base = round((model.steps.base + job.choice.step) * BASE_UNITS)
-    steps = Steps(base / BASE_UNITS, model.steps.rows, model.steps.columns)
+    (model, unit), machine = _loss_model(job, settings), trellis.machine(settings.states)
+    base = round((unit.base + job.choice.step) * BASE_UNITS)
+    steps = replace(unit, base=base / BASE_UNITS)
     rows, columns = steps.of_rows(), steps.of_columns(0)
     spread = None if model.spread is None else feedback.spread(model.spread)
     snap = trellis.rounding(entropy.first_rows(job.tensor.shape), machine, spread)

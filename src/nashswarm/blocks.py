@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Blocks:
     """A float32 model, its blocks, and the calibration windows on which they run.
 
-    `calls` holds, for each batch of windows, what a block is called with beside hidden states; it is filled by
-    `recording`.
+    `calls` holds, for each batch of windows, what a block is called with beside hidden states; whoever first runs the
+    model fills it.
     """
 
     model: PreTrainedModel

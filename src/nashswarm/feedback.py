@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm import jit
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
@@ -248,25 +249,23 @@ def _nearest(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles:
 
 
 @cache
-def _clipped_kernel() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    import numba
+def _clipped_kernel() -> Callable[..., np.ndarray]:
+    numbers = "float32[::1]"
+    return jit.compiled(_round_clipped, f"{numbers}({numbers}, {numbers}, {numbers}, {numbers}, float32[:, ::1])")
 
-    @numba.njit(  # type: ignore[untyped-decorator]
-        "float32[::1](float32[::1], float32[::1], float32[::1], float32[::1], float32[:, ::1])", nogil=True
-    )
-    def snap(
-        values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray, spread: np.ndarray
-    ) -> np.ndarray:
-        codes = np.empty_like(values)
-        for r in range(len(values)):
-            code, error = -halves[r], values[r]
-            if steps[r] > 0:
-                code = np.floor(values[r] / steps[r] + (np.float32(0.5) - middles[r]))
-                code = min(max(code, -halves[r]), halves[r] - np.float32(1))
-                error = values[r] - (code + middles[r]) * steps[r]
-            codes[r] = code
-            for later in range(r + 1, len(values)):
-                values[later] -= error * spread[r, later]
-        return codes
 
-    return snap  # type: ignore[no-any-return]
+def _round_clipped(
+    values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
+    """Plain Python until numba compiles it. Uses up `values`."""
+    codes = np.empty_like(values)
+    for r in range(len(values)):
+        code, error = -halves[r], values[r]
+        if steps[r] > 0:
+            code = np.floor(values[r] / steps[r] + (np.float32(0.5) - middles[r]))
+            code = min(max(code, -halves[r]), halves[r] - np.float32(1))
+            error = values[r] - (code + middles[r]) * steps[r]
+        codes[r] = code
+        for later in range(r + 1, len(values)):
+            values[later] -= error * spread[r, later]
+    return codes

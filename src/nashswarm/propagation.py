@@ -128,21 +128,14 @@ class Propagation(Blocks):
 
     def _embedded(self, calls: list[Any] | None = None) -> list[Tensor]:
         """What the first block is given; `calls` keeps what else it is called with."""
-        found: list[Tensor] = []
-
-        def reach(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            found.append(arguments[0].clone())
+        found = []
+        for batch in self.batches():
+            call = _call(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
+            assert call is not None
+            (hidden, *others), keywords = call
+            found.append(hidden.clone())
             if calls is not None:
-                calls.append((arguments[1:], keywords))
-            raise _Reached
-
-        handle = self.blocks[0].register_forward_pre_hook(reach, with_kwargs=True)
-        try:
-            for batch in self.batches():
-                with suppress(_Reached):
-                    self.model.base_model(self.windows[batch], use_cache=False)
-        finally:
-            handle.remove()
+                calls.append((tuple(others), keywords))
         return found
 
     def _enter(self, layer: int) -> None:
@@ -219,38 +212,27 @@ class Propagation(Blocks):
 
     def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor | None, Tensor | None]:
         """The inputs that a matrix gets now, if it is run, and the stream that it adds to, if it does."""
-        hidden, found = self.quantized[number], list[Tensor]()
+        hidden = self.quantized[number]
         if tensor.layer is None:
             return self._head_input(self.model.get_output_embeddings(), hidden), None
         modules, streams = self.projections(tensor.layer), list[Tensor]()
-
-        def stop(x: Tensor) -> None:
-            found.append(x)
-            raise _Reached
-
         with ExitStack() as hooks:
             for name in self._streams:
                 if name == tensor.name:
                     break
                 hooks.enter_context(_after(modules[name], streams.append))
-            hooks.enter_context(_before(modules[tensor.name], stop))
-            with suppress(_Reached):
-                self.run(tensor.layer, number, hidden)
-        if not found:
+            call = _call(modules[tensor.name], partial(self.run, tensor.layer, number, hidden))
+        if call is None:
             return None, None
         stream = sum((_by_token(s, hidden) for s in streams), hidden) if tensor.name in self._streams else None
-        return _by_token(found[0], hidden), stream
+        return _by_token(call[0][0], hidden), stream
 
     def _head_input(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def stop(x: Tensor) -> None:
-            found.append(x)
-            raise _Reached
-
-        with replaced_blocks(self.model, self.blocks, hidden), _before(head, stop), suppress(_Reached):
-            self.model(self.windows[: len(hidden)], use_cache=False)
-        return found[0]
+        with replaced_blocks(self.model, self.blocks, hidden):
+            call = _call(head, partial(self.model, self.windows[: len(hidden)], use_cache=False))
+        assert call is not None
+        reached: Tensor = call[0][0]
+        return reached
 
     def _bias(self, name: str) -> Tensor | None:
         owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -350,6 +332,23 @@ def _by_token(values: Tensor, hidden: Tensor) -> Tensor:
 
 def _close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= RESIDUAL_TOLERANCE * float(other.abs().max())
+
+
+def _call(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What `run` calls a module with, if it gets there; nothing behind that is run."""
+    found = []
+
+    def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        found.append((arguments, keywords))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            run()
+    finally:
+        handle.remove()
+    return found[0] if found else None
 
 
 @contextmanager

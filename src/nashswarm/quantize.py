@@ -297,10 +297,18 @@ class Course:
         if not isinstance(self.walk, Plain):
             self.walk.settle(tensor, weight())
 
+    @functools.cached_property
+    def _expected(self) -> dict[str, float]:
+        return {n: c.size for n, c in self.allocation.choices.items() if c.size is not None}
+
+    @functools.cached_property
+    def _slopes(self) -> dict[str, float]:
+        """Bytes per octave."""
+        return {n: self.allocation.choices[n].slope or size for n, size in self._expected.items()}
+
     def _correction(self) -> float:
         """log2 of the factor on the steps of the matrices to come that leads to the bytes that were bought."""
-        expected = {n: c.size for n, c in self.allocation.choices.items() if c.size is not None}
-        slopes = {n: self.allocation.choices[n].slope or expected[n] for n in expected}
+        expected, slopes = self._expected, self._slopes
         rest = [n for n in expected if n not in self.sizes]
         if not rest:
             return 0.0

@@ -21,10 +21,11 @@ memory by column is smaller, but finding the column costs more: 2.9 ns a code ag
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from nashswarm import jit
 
 PRECISION = 12  # bits of a frequency; at 12 the rounding costs < 0.001 bit per symbol (measured on GPT-2 codes)
 TOTAL = 1 << PRECISION
@@ -193,24 +194,16 @@ def kernels() -> Kernels | None:
     quarter of the decoding, no threading layer is started, and `parallel=True` would compile several times
     longer.
     """
+    decoded = "int64(uint16[::1],int64,int64,uint32[::1],uint8[::1],uint32[::1],int32[::1],int64,{})"
+    encoded = "int64(int32[::1],uint8[::1],int32[:,::1],uint32[::1],uint16[::1])"
     try:
-        import numba  # type: ignore[import-untyped, unused-ignore]
+        return Kernels(
+            jit.compiled(_decode_block, [decoded.format(after) for after in ("none", "uint8[::1]")]),
+            jit.compiled(_encode_block, encoded),
+            jit.compiled(_run_machine, "void(int32[::1],int64,uint8[::1],int64,uint8[::1])"),
+        )
     except ImportError:
         return None
-
-    def compiled(signatures: list[str], function: Callable[..., Any]) -> Any:
-        options = {"nogil": True, "error_model": "numpy"}
-        try:
-            return numba.njit(signatures, cache=True, **options)(function)
-        except (RuntimeError, OSError):  # neither this directory nor the user's cache can be written
-            return numba.njit(signatures, **options)(function)
-
-    decoded = "int64(uint16[::1],int64,int64,uint32[::1],uint8[::1],uint32[::1],int32[::1],int64,{})"
-    return Kernels(
-        compiled([decoded.format(after) for after in ("none", "uint8[::1]")], _decode_block),
-        compiled(["int64(int32[::1],uint8[::1],int32[:,::1],uint32[::1],uint16[::1])"], _encode_block),
-        compiled(["void(int32[::1],int64,uint8[::1],int64,uint8[::1])"], _run_machine),
-    )
 
 
 # --- numpy: a step of all lanes of all blocks at once -------------------------------------------------------

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nashswarm import jit
 from nashswarm.rans import RADIUS
 
 # Parity-check polynomials h0, h1 of Ungerboeck's codes for one-dimensional constellations (1982, table I), octal.
@@ -109,7 +110,6 @@ def rounding(
 
 @cache
 def _kernel() -> Callable[..., None]:
-    import numba
     from numba.extending import register_jitable
 
     register_jitable(_nearest)  # they stay plain Python, too
@@ -117,11 +117,7 @@ def _kernel() -> Callable[..., None]:
     register_jitable(inline="always")(_hand_on)  # 370 ns a row of 300 with 8 states, called 500
     numbers, bits = "float32[::1]", "uint8[::1], uint8[:, ::1]"
     signature = f"void({numbers}, {numbers}, float32[:, ::1], int64[::1], {bits}, int32[::1], {numbers})"
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(signature, cache=True, **options)(_round_column)  # type: ignore[no-any-return]
-    except (RuntimeError, OSError):  # neither this directory nor the user's cache can be written
-        return numba.njit(signature, **options)(_round_column)  # type: ignore[no-any-return]
+    return jit.compiled(_round_column, signature)
 
 
 def _nearest(scaled: np.float32, half: np.float32) -> tuple[int, int]:

@@ -6,6 +6,7 @@ those of one forward pass over the same calibration tokens, and the peak of resi
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import tempfile
 import time
@@ -17,7 +18,7 @@ import torch
 import typer
 
 from nashswarm import artifacts, models, packed, quantize, statistics
-from nashswarm.config import Scoring, parse_method
+from nashswarm.config import Scoring, load_params, parse_method
 
 SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 
@@ -26,7 +27,7 @@ def main(
     shape: Annotated[str, typer.Argument(help=", ".join(SHAPES))] = "gpt2",
     codec: Annotated[str, typer.Option(help="coded or tiles")] = "coded",
     budget: Annotated[float, typer.Option(help="true bits per weight")] = 3.0,
-    tokens: Annotated[int, typer.Option(help="of calibration")] = Scoring().tokens,
+    tokens: Annotated[int | None, typer.Option(help="of calibration; else as in params.yaml")] = None,
 ) -> None:
     """Run the three steps once and print what they took."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -37,18 +38,20 @@ def main(
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         root = Path(scratch)
         GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads)).save_pretrained(root / "model")
-        _run(root, np.random.default_rng(0).integers(0, 50257, 65_536).astype(np.int32), codec, budget, tokens)
+        scoring = load_params(Path("params.yaml")).scoring
+        scoring = dataclasses.replace(scoring, tokens=tokens or scoring.tokens)
+        _run(root, np.random.default_rng(0).integers(0, 50257, 65_536).astype(np.int32), codec, budget, scoring)
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
-def _run(root: Path, ids: np.ndarray, codec: str, budget: float, tokens: int) -> None:
+def _run(root: Path, ids: np.ndarray, codec: str, budget: float, scoring: Scoring) -> None:
     index = models.describe(root / "model")
     record = artifacts.SourceRecord("embedded", str(root / "model"), None, None, {})
     checkpoint = models.Checkpoint.open(root / "model", index)
     model = quantize.Model("m", index, record, checkpoint, lambda name: artifacts.read_statistics(root, name))
     method = parse_method("m", {"allocator": "market", "codec": codec, "budget": budget})
     original = models.load_original(root / "model", index)
-    windows = torch.from_numpy(ids[:tokens].astype(np.int64)).view(-1, index.context)
+    windows = torch.from_numpy(ids[: scoring.tokens].astype(np.int64)).view(-1, index.context)
     started = time.perf_counter()
     with torch.no_grad():
         for window in windows:
@@ -62,7 +65,7 @@ def _run(root: Path, ids: np.ndarray, codec: str, budget: float, tokens: int) ->
         print(f"{step:10s} {seconds:8.1f} s {seconds / unit:6.1f} forward passes", flush=True)
 
     started = time.perf_counter()
-    for tensor, found in statistics.gather(original, index, ids, Scoring(tokens=tokens), _quiet):
+    for tensor, found in statistics.gather(original, index, ids, scoring, _quiet):
         artifacts.write_statistics(root, tensor.name, found)
     note("score", started)
     del original

@@ -30,7 +30,7 @@ from conftest import PROJECT, Checkpoints, tiny_text
 
 from nashswarm.artifacts import Layout
 from nashswarm.closure import closure, fingerprint
-from nashswarm.config import Params, load_params, parse_params, room_names
+from nashswarm.config import Params, Scoring, load_params, parse_params, room_names
 from nashswarm.recipes import method_files
 
 ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs"))
@@ -738,6 +738,29 @@ def test_added_model_touches_no_other(copy: Project) -> None:
     expected = {"report", *(f"{s}@own" for s in ("download", "score", "baseline"))}
     expected |= {stage.replace("@reference-", "@own-") for m in METHODS for stage in of_method(m)}
     assert sorted(stale) == sorted(expected)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("method", ["rtn4-g64", "market-coded-6_0"])
+def test_the_command_makes_the_same_bytes(method: str, copy: Project) -> None:
+    """Of a model and a text given by path, by the same settings; batches are the command's own."""
+    own = {"source": "path", "calibration": "data/reference/calibration.txt", "test": "data/reference/test.txt"}
+    copy.set(
+        models={"own": {"source": "path", "path": "data/reference"}},
+        corpora={"own": own},
+        active={"models": ["own"], "calibration": "own", "corpora": ["own"], "methods": [method]},
+        scoring={"batch_tokens": Scoring().batch_tokens},
+    )
+    copy.dvc("repro", f"pack@own-{method}")
+    (copy.root / "method.yaml").write_text(yaml.safe_dump({method: copy.raw()["methods"][method]}), encoding="utf-8")
+    words = "quantize data/reference --text data/reference/calibration.txt --tokens 512 --name own --method method.yaml"
+    python = (sys.executable, "-m", "nashswarm.cli", *words.split(), "-o", "packed")
+    copy.call(*python, PYTHONPATH="src")
+    one, other = (
+        {p.name: p.read_bytes() for p in (copy.root / path).iterdir()}
+        for path in ("packed", f"data/packed/own/{method}")
+    )
+    assert one == other
 
 
 @pytest.mark.pipeline

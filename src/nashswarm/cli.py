@@ -1,0 +1,249 @@
+"""The command `nashswarm`: pack a model, look into a packed one, check it, talk to it, unpack it.
+
+It is the pipeline's library without DVC: the same settings give the same bytes. Errors of ours end with one line and
+exit code 2, a directory that `verify` refuses with 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nashswarm import bitmap, metrics, packed
+from nashswarm.types import InputError, NashSwarmError
+
+if TYPE_CHECKING:
+    from nashswarm.config import Method
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress causal language models after training, with every byte on disk counted.",
+)
+Packed = Annotated[Path, typer.Argument(metavar="DIR", help="a packed directory")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
+console, errors = Console(), Console(stderr=True)
+
+
+def main() -> None:
+    """What the command runs."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        app()
+    except NashSwarmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- making --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="a directory with config.json, safetensors and a tokenizer")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="where the packed directory goes")],
+    text: Annotated[Path, typer.Option(help="calibration text, UTF-8, one text per line; not what you measure on")],
+    bits: Annotated[float, typer.Option(help="budget: true bits per weight of the whole model, all files counted")] = 3,
+    codec: Annotated[str, typer.Option(help="coded (smallest) or tiles (fixed widths, for kernels)")] = "coded",
+    method: Annotated[Path | None, typer.Option(help="a YAML file with one method, as in params.yaml")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of a method; may come again")] = None,
+    tokens: Annotated[int, typer.Option(help="of calibration, for the statistics")] = 32768,
+    name: Annotated[str | None, typer.Option(help="the model's name in the manifest; else its directory's")] = None,
+    threads: Annotated[int, typer.Option(help="late digits follow their number, as in compute.threads")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Pack a model: gather statistics, let the market buy bits up to the budget, write and verify the files.
+
+    nashswarm quantize ./gpt2 --text train.txt --bits 3 -o gpt2-3bit
+    """
+    import torch
+
+    from nashswarm import direct
+    from nashswarm.config import Scoring
+
+    torch.set_num_threads(threads)
+    chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
+    scoring = Scoring(tokens=tokens)
+    direct.quantize_directory(model, text, chosen, name or model.resolve().name, scoring, output, _progress)
+    inspect(output, as_json=as_json)
+
+
+def _method(file: Path | None, standard: Mapping[str, Any], changes: Sequence[str]) -> Method:
+    from nashswarm.config import parse_method
+
+    block: dict[str, Any] = dict(standard)
+    name = f"market-{block['codec']}-{block['budget']}".replace(".", "_")
+    if file is not None:
+        try:
+            ((name, own),) = yaml.safe_load(file.read_text(encoding="utf-8")).items()
+            block = dict(own)
+        except (OSError, UnicodeDecodeError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise InputError(
+                f"{file}: not one method by its name, as under `methods` in params.yaml ({error})"
+            ) from error
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"--set {change}: give KEY=VALUE, for example columns=64")
+        block[key] = yaml.safe_load(value)
+    return parse_method(name, block)
+
+
+@app.command()
+def unpack(
+    directory: Packed,
+    output: Annotated[Path, typer.Option("-o", "--output", help="where the plain model goes")],
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights")] = "float32",
+) -> None:
+    """Write a packed model as plain safetensors, which any program reads, at full size."""
+    import shutil
+
+    import torch
+
+    from nashswarm.artifacts import fresh_directory
+    from nashswarm.loading import load
+    from nashswarm.models import COMPANIONS
+
+    model = load(directory).to(getattr(torch, dtype))
+    with fresh_directory(output) as target:
+        model.save_pretrained(target)
+        for name in COMPANIONS:
+            if (directory / name).is_file() and not (target / name).is_file():
+                shutil.copyfile(directory / name, target / name)
+    console.print(f"{output}: {sum(p.stat().st_size for p in output.iterdir()):,} bytes of {dtype}")
+
+
+# --- looking -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(directory: Packed, as_json: Json = False) -> None:
+    """Show where the bytes and the bits of a packed model are, and the certificate of the market that bought them."""
+    document = describe(directory)
+    if as_json:
+        print(json.dumps(document, indent=2, sort_keys=True))
+        return
+    size, method = document["size"], document["method"]
+    console.print(f"{document['model']} ({document['architecture']}, {document['parameters']:,} parameters)")
+    console.print(f"method {method['name']}: codec {method['codec']}, allocator {method['allocator']}")
+    table = Table("part", "bytes", "bits per weight", title=f"{size['bits_per_weight']:.4f} true bits per weight")
+    for part, count in sorted(size["parts"].items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{count:,}", f"{8 * count / document['parameters']:.4f}")
+    table.add_section()
+    table.add_row("all", f"{size['file_bytes']:,}", f"{size['bits_per_weight']:.4f}")
+    console.print(table)
+    if found := bitmap.bit_map(document["tensors"]):
+        console.print(_map_table(found))
+    certificate = {k: v for k, v in document["certificate"].items() if k != "histogram" and v is not None}
+    if certificate:
+        table = Table("certificate", "", show_header=True)
+        for key, value in certificate.items():
+            table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        console.print(table)
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """What `inspect` shows, of a verified directory. `size.parts` sum to `size.file_bytes`; `files` are all files."""
+    from nashswarm.models import describe as index_of
+
+    opened = packed.open_packed(directory)
+    provenance = dataclasses.asdict(opened.provenance)
+    size = opened.size
+    return {
+        **provenance,
+        "format": packed.FORMAT,
+        "size": {
+            "file_bytes": size.file_bytes,
+            "bits_per_weight": 8 * size.file_bytes / opened.provenance.parameters,
+            "parts": dict(size.parts),
+        },
+        "files": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
+        "tensors": metrics.tensor_rows(opened, index_of(directory)),
+    }
+
+
+def _map_table(found: bitmap.BitMap) -> Table:
+    table = Table("layer", *found.columns, title="bits per weight of each matrix")
+    for layer in found.layers:
+        cells = (found.cells.get((layer, column)) for column in found.columns)
+        table.add_row(str(layer), *("" if bits is None else f"{bits:.2f}" for bits in cells))
+    if found.outside:
+        table.caption = ", ".join(f"{name} {bits:.2f}" for name, bits in found.outside.items())
+    return table
+
+
+@app.command()
+def verify(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="packed directories")],
+    as_json: Json = False,
+) -> None:
+    """Compare every file with its SHA-256 and decode every matrix. Exit code 1 where a directory is refused."""
+    from nashswarm.loading import dequantized
+
+    found: dict[str, str | None] = {}
+    for directory in directories:
+        try:
+            opened = packed.open_packed(directory)
+            stored = opened.provenance.method["codec"] != "source"  # a baseline stores no weights
+            names = [*opened.tensors, *opened.vectors] if stored else []
+            for _ in zip(_progress(names, str(directory)), dequantized(opened), strict=False):
+                pass
+            found[str(directory)] = None
+        except NashSwarmError as error:
+            found[str(directory)] = str(error)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, problem in found.items():
+            print(f"{name}: sound" if problem is None else f"{name}: refused: {problem}")
+    if any(problem is not None for problem in found.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    directory: Packed,
+    prompt: Annotated[str, typer.Argument(help="what the text begins with")],
+    tokens: Annotated[int, typer.Option(help="to write at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of drawing, with a temperature")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Let a packed model go on with a text."""
+    import torch
+
+    from nashswarm.loading import load
+    from nashswarm.models import load_tokenizer
+
+    model, tokenizer = load(directory), load_tokenizer(directory)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    if not ids.numel():
+        raise InputError("PROMPT: it has no tokens; give at least one word")
+    torch.manual_seed(seed)
+    drawing: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        written = model.generate(ids, max_new_tokens=tokens, pad_token_id=model.config.eos_token_id, **drawing)
+    text = tokenizer.decode(written[0], skip_special_tokens=True)
+    print(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
+
+
+def _progress(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return track(items, title, console=errors, disable=not errors.is_terminal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""From a model's directory and a text to a packed directory, in one call: the pipeline's steps without DVC."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from nashswarm import artifacts, corpora, models, packed, quantize, statistics
+from nashswarm.config import Method, Scoring
+from nashswarm.types import Progress
+
+
+def quantize_directory(
+    source: Path, text: Path, method: Method, name: str, scoring: Scoring, output: Path, progress: Progress
+) -> packed.PackedModel:
+    """Pack the model in `source`, calibrated on `text`, and read the result back.
+
+    Gives the bytes that the pipeline gives for a model of source `path` under that name, a corpus with that calibration
+    text, the same method and scoring. Raises NashSwarmError, and then leaves what was at `output`.
+    """
+    models.checkpoint_files(source)  # no pickles, no remote code: before transformers sees the directory
+    index = models.describe(source)
+    checkpoint = models.Checkpoint.open(source, index)
+    ids = corpora.tokenize(corpora.read_text_file(text), models.load_tokenizer(source)).ids
+    record = artifacts.SourceRecord("path", str(source), None, None, {})
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:
+        scores = Path(scratch)
+        for tensor, found in statistics.gather(models.load_original(source, index), index, ids, scoring, progress):
+            artifacts.write_statistics(scores, tensor.name, found)
+        model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
+        quantize.pack(model, method, quantize.allocate(model, method, progress), ids, target, progress)
+    return packed.open_packed(output)

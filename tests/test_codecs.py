@@ -315,6 +315,16 @@ def test_encoding_is_deterministic(name: str, settings: dict[str, Any], choice: 
         assert {k: v.tobytes() for k, v in mine.items()} == {k: v.tobytes() for k, v in other.items()}
 
 
+def test_curves_hold_up_to_the_finest_steps() -> None:
+    """Beyond six bits most codes are escapes, whose values travel apart: they are paid for, too."""
+    job = job_of(normal(64, 200), Choice(), "mlp", statistics((64, 200)))
+    offered = coded.offer(job, coded.Settings())
+    for option, size in list(zip(offered.options, offered.size[0], strict=True))[6::3]:
+        choice = Choice(step=-float(option))
+        packed = coded.encode(dataclasses.replace(job, choice=choice), coded.Settings())
+        assert packed.arrays["codes"].nbytes == pytest.approx(size, rel=0.12)
+
+
 @pytest.mark.parametrize("part", ["attention", "mlp", "embedding", "head"])
 @pytest.mark.parametrize("name", [n for n in NAMES if n in ROWS])
 def test_every_part_of_a_model_can_be_packed(name: str, part: Part) -> None:

@@ -475,6 +475,17 @@ def test_estimate_knows_what_cannot_be_coded():
     assert entropy.estimate_bytes(counts, fitted(codes * 0, row, column)) == np.inf
 
 
+@pytest.mark.parametrize("spread", [3, 60, 250, 20_000])
+def test_long_escapes_are_counted(spread):
+    codes = np.rint(np.random.default_rng(0).normal(0, spread, (300, 64))).astype(np.int32)
+    context = entropy.fit_scales(codes)
+    counts = entropy.histogram(codes, *context)
+    tables = entropy.fit_tables(counts)
+    expected = entropy.estimate_bytes(counts, tables) + entropy.long_escape_bytes(codes)
+    stream = len(entropy.encode(codes, *context, tables))
+    assert stream == pytest.approx(expected + entropy.overhead_bytes(codes.shape), abs=80)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 SHAPE = (6, 8)

@@ -226,13 +226,19 @@ def fit_tables(histogram: NDArray[np.int64]) -> Tables:
 def estimate_bytes(histogram: NDArray[np.int64], tables: Tables) -> float:
     """Code length of these counts in bytes: sum of counts * log2(4096 / f) / 8, and a byte per escape.
 
-    A lower bound: beside it come `overhead_bytes` per matrix, and a byte more for |code| > 124 (then 8252,
-    ...). Infinite where a symbol was seen that the tables do not know.
+    A lower bound: beside it come `overhead_bytes` per matrix, and `long_escape_bytes`. Infinite where a symbol was
+    seen that the tables do not know.
     """
     counts = histogram.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         bits = np.where(counts > 0, counts * (rans.PRECISION - np.log2(tables.frequencies)), 0.0)
     return float(bits.sum() / 8 + counts[:, ESCAPE].sum())
+
+
+def long_escape_bytes(codes: NDArray[np.int32]) -> int:
+    """What escapes take beyond the byte each that `estimate_bytes` counts: one for |code| > 124, one for > 8252, ..."""
+    wide = np.count_nonzero((codes > RADIUS) | (codes < -RADIUS))
+    return len(_escape_bytes(codes)) - int(wide)
 
 
 def overhead_bytes(shape: Shape, *, machine: trellis.Machine | None = None) -> float:

@@ -108,7 +108,8 @@ def offer(job: Job, settings: Settings) -> Candidates:
         codes, values = snap(scaled)
         errors = (scaled - values).mul_(widths).mul_(2.0**factor)
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ damage))
-        sizes.append(_entropy_bytes(codes) * job.tensor.shape[0] / len(rows))
+        size = _coded_bytes(codes, entropy.fit_scales(codes), trellis.machine(SAMPLE_STATES))
+        sizes.append(size * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
     return Candidates(
         options=-factors,
@@ -135,10 +136,10 @@ def _sample_rounding(rows: int, columns: int) -> Callable[[Tensor], tuple[np.nda
     return rounded
 
 
-def _entropy_bytes(codes: np.ndarray) -> float:
-    scales = entropy.fit_scales(codes)
-    histogram = entropy.histogram(codes, *scales, machine=trellis.machine(SAMPLE_STATES))
-    return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
+def _coded_bytes(codes: np.ndarray, contexts: tuple[np.ndarray, np.ndarray], machine: trellis.Machine) -> float:
+    """Of codes with tables of their own."""
+    histogram = entropy.histogram(codes, *contexts, machine=machine)
+    return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram)) + entropy.long_escape_bytes(codes)
 
 
 def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps]:
@@ -209,8 +210,7 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     feedback.round_with_feedback(job.weight, model.columns, quantize)
     array = np.ascontiguousarray(codes.T)
     contexts = entropy.fit_scales(array)
-    histogram = entropy.histogram(array, *contexts, machine=machine)
-    size = entropy.estimate_bytes(histogram, entropy.fit_tables(histogram))
+    size = _coded_bytes(array, contexts, machine)
     small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
     return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, small, contexts, size)
 

@@ -22,16 +22,18 @@ ROOMS = ("importance", "allocators", "codecs")
 FOUNDATION: dict[str, set[str]] = {
     "types": set(),
     "bitpack": set(),
-    "rans": set(),
-    "trellis": {"rans"},
+    "jit": set(),
+    "rans": {"jit"},
+    "trellis": {"jit", "rans"},
     "entropy": {"rans", "trellis"},
-    "feedback": {"types"},
+    "feedback": {"jit", "types"},
 }
+COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
 TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "propagation", "statistics"}
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-WRITERS = {"artifacts", "packed", "hub"}  # hub fills its own staging folder, and renames
+WRITERS = {"artifacts", "packed", "hub", "direct"}  # hub fills its own staging folder; direct saves plain models
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 
@@ -185,7 +187,8 @@ def config_alone_reads_params(tree: Path) -> list[str]:
     for module, path in library(tree).items():
         if module == "config":
             continue
-        parsers = {"yaml", "ruamel", "dvc"} & {name.partition(".")[0] for name in imports(path)}
+        parsers = {"ruamel", "dvc"} | ({"yaml"} if module != COMMAND else set())
+        parsers &= {name.partition(".")[0] for name in imports(path)}
         found += [f"{where(path, tree)} imports {name}" for name in parsers]
         for node in nodes(path):
             named = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
@@ -197,7 +200,7 @@ def config_alone_reads_params(tree: Path) -> list[str]:
 
 
 def few_write_files(tree: Path) -> list[str]:
-    """Only `artifacts`, `packed` and `hub` change what lies on disk; scratch space is tempfile's."""
+    """Only `artifacts`, `packed`, `hub` and `direct` change what lies on disk; scratch space is tempfile's."""
     found = []
     for path in [*(p for module, p in library(tree).items() if module not in WRITERS), *scripts(tree)]:
         writing = (call for call in calls(path) if _writes(call, path))
@@ -240,7 +243,7 @@ def _writes(call: ast.Call, path: Path) -> bool:
 
 def library_does_not_print(tree: Path) -> list[str]:
     found = []
-    for path in library(tree).values():
+    for path in (p for module, p in library(tree).items() if module != COMMAND):
         printing = (c for c in calls(path) if ast.unparse(c.func) in ("print", "sys.stdout.write", "sys.stderr.write"))
         found += [f"{where(path, tree)}:{call.lineno} prints" for call in printing]
     return found
@@ -389,13 +392,13 @@ def dotted(modules: set[str]) -> list[str]:
 
 
 def test_modules_that_compute_nothing_start_without_torch() -> None:
-    light = set(library(PROJECT)) - needing_torch(PROJECT)
+    light = set(library(PROJECT)) - needing_torch(PROJECT) - {COMMAND}
     assert {"config", "types", "artifacts", "closure", "recipes", "hub", "entropy", "allocators.uniform"} <= light
     assert probe(PROJECT, dotted(light), ("torch", *SLOW)) == []
 
 
 def test_no_module_loads_transformers_at_import() -> None:
-    assert probe(PROJECT, dotted(needing_torch(PROJECT)), SLOW) == []
+    assert probe(PROJECT, dotted(needing_torch(PROJECT) - {COMMAND}), SLOW) == []
 
 
 def test_library_imports_without_dvc() -> None:

@@ -107,20 +107,9 @@ def unpack(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="of the weights")] = "float32",
 ) -> None:
     """Write a packed model as plain safetensors, which any program reads, at full size."""
-    import shutil
+    from nashswarm import direct
 
-    import torch
-
-    from nashswarm.artifacts import fresh_directory
-    from nashswarm.loading import load
-    from nashswarm.models import COMPANIONS
-
-    model = load(directory).to(getattr(torch, dtype))
-    with fresh_directory(output) as target:
-        model.save_pretrained(target)
-        for name in COMPANIONS:
-            if (directory / name).is_file() and not (target / name).is_file():
-                shutil.copyfile(directory / name, target / name)
+    direct.unpack_directory(directory, output, dtype)
     console.print(f"{output}: {sum(p.stat().st_size for p in output.iterdir()):,} bytes of {dtype}")
 
 

@@ -1,12 +1,16 @@
-"""From a model's directory and a text to a packed directory, in one call: the pipeline's steps without DVC."""
+"""From a model's directory and a text to a packed one, and back: the pipeline's steps without DVC."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from nashswarm import artifacts, corpora, models, packed, quantize, statistics
 from nashswarm.config import Method, Scoring
+from nashswarm.loading import load
 from nashswarm.types import Progress
 
 
@@ -30,3 +34,13 @@ def quantize_directory(
         model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
         quantize.pack(model, method, quantize.allocate(model, method, progress), ids, target, progress)
     return packed.open_packed(output)
+
+
+def unpack_directory(directory: Path, output: Path, dtype: str) -> None:
+    """Write a packed model as plain safetensors of `dtype`, torch's name, with config and tokenizer."""
+    model = load(directory).to(getattr(torch, dtype))
+    with artifacts.fresh_directory(output) as target:
+        model.save_pretrained(target)
+        for name in models.COMPANIONS:
+            if (directory / name).is_file() and not (target / name).is_file():
+                shutil.copyfile(directory / name, target / name)

@@ -220,9 +220,9 @@ def generate(
     if not ids.numel():
         raise InputError("PROMPT: it has no tokens; give at least one word")
     torch.manual_seed(seed)
-    drawing: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
+    drawing: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        drawing["temperature"] = temperature
     with torch.inference_mode():
         written = model.generate(ids, max_new_tokens=tokens, pad_token_id=model.config.eos_token_id, **drawing)
     text = tokenizer.decode(written[0], skip_special_tokens=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nashswarm import artifacts, corpora, models, packed, quantize, statistics
+from nashswarm import artifacts, corpora, models, quantize, statistics
 from nashswarm.config import Method, Scoring
 from nashswarm.loading import load
 from nashswarm.types import Progress
@@ -16,8 +16,8 @@ from nashswarm.types import Progress
 
 def quantize_directory(
     source: Path, text: Path, method: Method, name: str, scoring: Scoring, output: Path, progress: Progress
-) -> packed.PackedModel:
-    """Pack the model in `source`, calibrated on `text`, and read the result back.
+) -> None:
+    """Pack the model in `source`, calibrated on `text`.
 
     Gives the bytes that the pipeline gives for a model of source `path` under that name, a corpus with that calibration
     text, the same method and scoring. Raises NashSwarmError, and then leaves what was at `output`.
@@ -33,7 +33,6 @@ def quantize_directory(
             artifacts.write_statistics(scores, tensor.name, found)
         model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
         quantize.pack(model, method, quantize.allocate(model, method, progress), ids, target, progress)
-    return packed.open_packed(output)
 
 
 def unpack_directory(directory: Path, output: Path, dtype: str) -> None:

@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper test test-scale benchmark lint compare clean
+.PHONY: help install reproduce paper test test-scale storm fuzz benchmark lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,12 @@ test: $(READY)  ## the offline test suite, with lint and types
 
 test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
 	python -m pytest -m scale
+
+storm: $(READY)  ## a hundred killed runs, each of which must go on to the same files
+	python -m pytest -m storm
+
+fuzz: $(READY)  ## hundreds of thousands of damaged packed directories, none of which may pass
+	python -m pytest -m fuzz
 
 benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's true shapes
 	python tools/benchmark.py

@@ -9,15 +9,16 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nashswarm import __version__
 from nashswarm.artifacts import Layout, write_json
 from nashswarm.config import Params, load_params
+from nashswarm.console import progress
 from nashswarm.types import NashSwarmError
 
+__all__ = ["LAYOUT", "progress", "run", "set_threads"]
 LAYOUT = Layout()
 
 
@@ -41,15 +42,6 @@ def set_threads(params: Params) -> None:
     import torch
 
     torch.set_num_threads(params.compute.threads)
-
-
-def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, title, console=console, disable=not console.is_terminal)
 
 
 def _note_time(seconds: float) -> None:

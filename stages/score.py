@@ -15,7 +15,7 @@ def main(params: Params, model: str) -> None:
     index = artifacts.read_index(download)
     directory = artifacts.read_source(download).open(LAYOUT.root)
     ids = artifacts.read_tokens(download, params.active.calibration, "calibration").ids
-    original = models.load_original(directory, index)
+    original = models.load_streamed(directory, index)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
         for tensor, found in statistics.gather(original, index, ids, params.scoring, progress):
             artifacts.write_statistics(target, tensor.name, found)

@@ -30,10 +30,16 @@ FOUNDATION: dict[str, set[str]] = {
 }
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
-TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "propagation", "statistics"}
+TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "propagation", "resident", "statistics"}
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-WRITERS = {"artifacts", "packed", "hub", "direct"}  # hub fills its own staging folder; direct saves plain models
+WRITERS = {
+    "artifacts",
+    "packed",
+    "payload",
+    "hub",
+    "direct",
+}  # hub fills its own staging folder; direct saves plain models
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 
@@ -170,14 +176,18 @@ def nothing_imports_stages(tree: Path) -> list[str]:
 
 
 def imports_are_visible(tree: Path) -> list[str]:
-    """`closure` reads absolute imports alone, so there are no others; only `config` imports by a computed name."""
+    """`closure` reads absolute imports alone, so there are no others.
+
+    Only `config` imports by a computed name, and the package's own `load`, which nothing here uses.
+    """
     found = []
     for path in [*library(tree).values(), *scripts(tree)]:
         found += [f"{where(path, tree)} imports {name}" for name in imports(path) if name.startswith(".")]
         dynamic = {"importlib", "runpy", "imp"} & {name.partition(".")[0] for name in imports(path)}
         built_in = any(isinstance(n, ast.Name) and n.id in ("__import__", "exec", "eval") for n in nodes(path))
-        if (dynamic or built_in) and path != library(tree)["config"]:
+        if (dynamic or built_in) and path not in (library(tree)["config"], library(tree)[""]):
             found.append(f"{where(path, tree)} imports by a computed name")
+        found += [f"{where(path, tree)} imports {name}" for name in imports(path) if name == "nashswarm.load"]
     return found
 
 
@@ -200,7 +210,7 @@ def config_alone_reads_params(tree: Path) -> list[str]:
 
 
 def few_write_files(tree: Path) -> list[str]:
-    """Only `artifacts`, `packed`, `hub` and `direct` change what lies on disk; scratch space is tempfile's."""
+    """Only the writers change what lies on disk; scratch space is tempfile's."""
     found = []
     for path in [*(p for module, p in library(tree).items() if module not in WRITERS), *scripts(tree)]:
         writing = (call for call in calls(path) if _writes(call, path))
@@ -302,6 +312,7 @@ PLANTED = [
     (nothing_imports_stages, "stages/pack.py", "from allocate import main"),
     (imports_are_visible, f"{LIB}/codecs/new.py", "from . import uniform"),
     (imports_are_visible, f"{LIB}/loading.py", "import importlib"),
+    (imports_are_visible, "stages/evaluate.py", "from nashswarm import load"),
     (imports_are_visible, f"{LIB}/loading.py", "late = __import__('nashswarm.hub')"),
     (config_alone_reads_params, f"{LIB}/evaluation.py", "import yaml"),
     (config_alone_reads_params, f"{LIB}/evaluation.py", "from nashswarm import config\nconfig.load_params(None)"),

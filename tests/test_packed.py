@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -142,7 +143,8 @@ def test_the_manifest_lists_every_other_file(packed: PackedModels) -> None:
 def test_vectors_come_back_by_name_whatever_their_order(tmp_path: Path) -> None:
     specs = [VectorSpec("z", (3,)), VectorSpec("a", (2,)), VectorSpec("m", (1,))]
     values = [np.array(v, np.float32) for v in ([1, 2, 3], [4, 5], [6])]
-    write_packed(tmp_path / "p", PROVENANCE, [], zip(specs, values, strict=True), tmp_path)
+    six = dataclasses.replace(PROVENANCE, parameters=6)
+    write_packed(tmp_path / "p", six, [], zip(specs, values, strict=True), tmp_path)
     opened = open_packed(tmp_path / "p")
     assert {n: v.tolist() for n, v in opened.vectors.items()} == {"z": [1, 2, 3], "a": [4, 5], "m": [6]}
 

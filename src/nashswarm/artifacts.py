@@ -6,6 +6,7 @@ Every file is written under a temporary name, synced, and renamed: a reader sees
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,20 @@ from nashswarm.types import (
 )
 
 T = TypeVar("T")
+
+# What a model directory has beside its weights, and a packed one needs to stand alone; absent ones are skipped.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +117,32 @@ class Layout:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the disk refuses within (no space, no right, too large) as a NashSwarmError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise NashSwarmError(
+            f"{path}: cannot be written ({error.strerror or error}); what was there is kept"
+        ) from error
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` atomically. Raises NashSwarmError that names the file where the disk refuses."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise NashSwarmError(
-            f"{path}: cannot be written ({error.strerror}); the file that was there is kept"
-        ) from error
+    with naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def write_json(path: Path, document: object) -> None:
@@ -145,19 +170,66 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
 
 
+class Busy(NashSwarmError):
+    """Another process is writing the same directory."""
+
+
 @contextmanager
 def fresh_directory(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """A new directory that takes the place of `path` only if the block succeeds; until then, what was there is kept.
+
+    Raises Busy while another process is at it, NashSwarmError where the disk refuses.
+    """
+    temporary, former = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    with naming(path):
+        handle = _claim(path, temporary)
+        try:
+            _restore(path, former)
+            yield temporary
+            (temporary / WRITER).unlink(missing_ok=True)
+            if path.exists():
+                path.rename(former)
+            temporary.rename(path)
+            shutil.rmtree(former, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+WRITER = ".writer"  # in a directory under way: the process that is writing it
+
+
+def _claim(path: Path, temporary: Path) -> int:
+    """An empty temporary directory that is this process' alone, by a lock that ends with it in any case."""
+    while True:
+        temporary.mkdir(parents=True, exist_ok=True)
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            with suppress(OSError):
+                raise Busy(
+                    f"{path}: process {(temporary / WRITER).read_text()} is writing here; wait for its end"
+                ) from None
+            raise Busy(f"{path}: another process is writing here; wait for its end") from None
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == temporary.stat().st_ino:  # not just renamed by the one before
+                break
+        os.close(handle)
+    for left in temporary.iterdir():  # by a process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    (temporary / WRITER).write_text(str(os.getpid()))
+    return handle
+
+
+def _restore(path: Path, former: Path) -> None:
+    """Undo what a process left that was killed between its last two renames."""
+    if former.exists() and not path.exists():
+        former.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
@@ -173,6 +245,12 @@ def link_files(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """The files of `source` in `target` too."""
+    for path in sorted(p for p in source.iterdir() if p.is_file()):
+        shutil.copyfile(path, target / path.name)
 
 
 def sha256_file(path: Path) -> str:

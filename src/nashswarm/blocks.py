@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nashswarm.models import block_path
+from nashswarm.models import BlockWeights, block_path
 from nashswarm.types import InputError, ModelIndex
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class Blocks:
     def batches(self) -> list[slice]:
         """Of windows."""
         return [slice(i, i + self.batch) for i in range(0, len(self.windows), self.batch)]
+
+    def hold(self, layer: int) -> None:
+        """Keep a block's weights in memory until `drop`, where the model is one whose blocks are streamed."""
+        if isinstance(weights := getattr(self.blocks[layer], "streamed", None), BlockWeights):
+            weights.hold()
+
+    def drop(self, layer: int) -> None:
+        """The opposite of `hold`."""
+        if isinstance(weights := getattr(self.blocks[layer], "streamed", None), BlockWeights):
+            weights.drop()
 
     def run(self, layer: int, number: int, hidden: Tensor) -> Tensor:
         """The output of a block for batch `number`: [windows, context, width] -> the same."""

@@ -10,17 +10,17 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from nashswarm import bitmap, metrics, packed
+from nashswarm.console import progress
 from nashswarm.types import InputError, NashSwarmError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 Packed = Annotated[Path, typer.Argument(metavar="DIR", help="a packed directory")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
-console, errors = Console(), Console(stderr=True)
+console = Console()
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def quantize(
     torch.set_num_threads(threads)
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
     scoring = Scoring(tokens=tokens)
-    direct.quantize_directory(model, text, chosen, name or model.resolve().name, scoring, output, _progress)
+    direct.quantize_directory(model, text, chosen, name or model.resolve().name, scoring, output, progress)
     inspect(output, as_json=as_json)
 
 
@@ -175,19 +175,21 @@ def _map_table(found: bitmap.BitMap) -> Table:
 @app.command()
 def verify(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="packed directories")],
+    decode: Annotated[bool, typer.Option("--decode", help="decode every matrix, too: slower by far")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare every file with its SHA-256 and decode every matrix. Exit code 1 where a directory is refused."""
-    from nashswarm.loading import dequantized
+    """Compare every file with its SHA-256, and the manifest with the arrays. Exit code 1 where one is refused."""
+    if decode:
+        from nashswarm.loading import dequantized
 
     found: dict[str, str | None] = {}
     for directory in directories:
         try:
             opened = packed.open_packed(directory)
-            stored = opened.provenance.method["codec"] != "source"  # a baseline stores no weights
-            names = [*opened.tensors, *opened.vectors] if stored else []
-            for _ in zip(_progress(names, str(directory)), dequantized(opened), strict=False):
-                pass
+            if decode and opened.provenance.method["codec"] != "source":  # a baseline stores no weights
+                names = [*opened.tensors, *opened.vectors]
+                for _ in zip(progress(names, str(directory)), dequantized(opened), strict=False):
+                    pass
             found[str(directory)] = None
         except NashSwarmError as error:
             found[str(directory)] = str(error)
@@ -227,11 +229,6 @@ def generate(
         written = model.generate(ids, max_new_tokens=tokens, pad_token_id=model.config.eos_token_id, **drawing)
     text = tokenizer.decode(written[0], skip_special_tokens=True)
     print(json.dumps({"prompt": prompt, "text": text}) if as_json else text)
-
-
-def _progress(items: Sequence[Any], title: str) -> Iterable[Any]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return track(items, title, console=errors, disable=not errors.is_terminal)
 
 
 if __name__ == "__main__":

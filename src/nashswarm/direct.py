@@ -29,10 +29,14 @@ def quantize_directory(
     record = artifacts.SourceRecord("path", str(source), None, None, {})
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:
         scores = Path(scratch)
-        for tensor, found in statistics.gather(models.load_original(source, index), index, ids, scoring, progress):
+        for tensor, found in statistics.gather(models.load_streamed(source, index), index, ids, scoring, progress):
             artifacts.write_statistics(scores, tensor.name, found)
         model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
-        quantize.pack(model, method, quantize.allocate(model, method, progress), ids, target, progress)
+        packed = target / "packed"
+        quantize.pack(model, method, quantize.allocate(model, method, progress), ids, packed, progress)
+        for file in packed.iterdir():
+            file.rename(target / file.name)
+        packed.rmdir()
 
 
 def unpack_directory(directory: Path, output: Path, dtype: str) -> None:
@@ -40,6 +44,6 @@ def unpack_directory(directory: Path, output: Path, dtype: str) -> None:
     model = load(directory).to(getattr(torch, dtype))
     with artifacts.fresh_directory(output) as target:
         model.save_pretrained(target)
-        for name in models.COMPANIONS:
+        for name in artifacts.COMPANIONS:
             if (directory / name).is_file() and not (target / name).is_file():
                 shutil.copyfile(directory / name, target / name)

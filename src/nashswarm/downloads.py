@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from nashswarm.artifacts import Layout, link_files
+from nashswarm.artifacts import COMPANIONS, Layout, link_files
 from nashswarm.config import CorpusSource, ModelSource
-from nashswarm.models import COMPANIONS
 
 MODEL_PATTERNS = ("*.safetensors", "model.safetensors.index.json", *COMPANIONS)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,24 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nashswarm.artifacts import COMPANIONS, PICKLES
 from nashswarm.types import InputError, Kind, ModelIndex, Part, Progress, TensorSpec, VectorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What a packed directory needs beside its weights to stand alone; absent ones are skipped.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-)
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -299,33 +287,52 @@ def _check_shape(directory: Path, key: str, got: tuple[int, ...], expected: tupl
         raise InputError(f"{directory}: {key} has shape {list(got)}, but config.json says {list(expected)}")
 
 
-def load_model(directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTrainedModel:
-    """A float32 model in evaluation mode with these weights: (parameter's name, canonical tensor), each exactly once.
-
-    Raises InputError where a parameter got no weights (nothing is ever left at random), or such as do not fit it.
-    """
+def build_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model that config.json describes, heads tied, with memory for weights that nothing was written to."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with _building(directory):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what comes of it holds plain weights, and is saved as such
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
+    return model.eval()
+
+
+def fill(model: PreTrainedModel, directory: Path, weights: Iterator[tuple[str, Tensor]]) -> PreTrainedModel:
+    """Give a model these weights: (parameter's name, canonical tensor), each exactly once; they take its dtype.
+
+    Raises InputError where a parameter got no weights (nothing is ever left at random), or such as do not fit it.
+    """
     missing = {id(p): n for n, p in model.named_parameters()}
     for name, value in weights:
         try:
             parameter = model.get_parameter(name)
         except AttributeError:
             raise InputError(f"{directory}: config.json describes a model that has no parameter {name}") from None
-        conv1d = value.dim() == 2 and _kind(model.get_submodule(name.rpartition(".")[0])) == "conv1d"
-        stored = value.T if conv1d else value
+        stored = value.T if value.dim() == 2 and is_transposed(model, name) else value
         _check_shape(directory, name, tuple(stored.shape), tuple(parameter.shape))
         parameter.data.copy_(stored)
         if missing.pop(id(parameter), None) is None:
             raise InputError(f"{directory}: weights for {name} came twice")
     if missing:
         raise InputError(f"{directory}: no weights came for {', '.join(sorted(missing.values())[:3])}")
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    """Whether the module that owns a matrix stores it (in, out)."""
+    return _kind(model.get_submodule(name.rpartition(".")[0])) == "conv1d"
+
+
+def load_model(
+    directory: Path, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model in evaluation mode with these weights, as `fill` takes them."""
+    return fill(build_model(directory, dtype), directory, weights)
 
 
 def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:
@@ -334,6 +341,47 @@ def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:
     tensors = ((t.name, checkpoint.tensor(t)) for t in index.tensors)
     vectors = ((v.name, checkpoint.vector(v)) for v in index.vectors)
     return load_model(directory, (pair for group in (tensors, vectors) for pair in group))
+
+
+class BlockWeights:
+    """The matrices of a transformer block, read when it runs or is held, and forgotten when neither is the case."""
+
+    def __init__(self, block: nn.Module, matrices: Mapping[str, nn.Parameter], read: Callable[[str], Tensor]) -> None:
+        self.matrices, self.read, self.users = matrices, read, 0
+        self._forget()
+        block.register_forward_pre_hook(lambda *_: self.hold())
+        block.register_forward_hook(lambda *_: self.drop(), always_call=True)
+
+    def hold(self) -> None:
+        """Keep them in memory until as many calls of `drop`; what was written to them lasts as long."""
+        if not self.users:
+            for name, parameter in self.matrices.items():
+                parameter.data = self.read(name)
+        self.users += 1
+
+    def drop(self) -> None:
+        """The opposite of `hold`."""
+        self.users -= 1
+        if not self.users:
+            self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self.matrices.values():  # NaN, of the right shape, without memory: use would show
+            parameter.data = torch.full((1, 1), torch.nan).expand(parameter.shape)
+
+
+def load_streamed(directory: Path, index: ModelIndex) -> PreTrainedModel:
+    """As `load_original`, but with a block's matrices in memory only while it runs or its `streamed` holds them."""
+    checkpoint, model = Checkpoint.open(directory, index), build_model(directory)
+    blocks: list[dict[str, nn.Parameter]] = [{} for _ in range(index.layers)]
+    for tensor in index.tensors:
+        if tensor.layer is not None:
+            blocks[tensor.layer][tensor.name] = model.get_parameter(tensor.name)
+    for block, matrices in zip(model.get_submodule(block_path(model)).children(), blocks, strict=True):
+        block.streamed = BlockWeights(block, matrices, checkpoint.read)
+    for name in (*(t.name for t in index.tensors if t.layer is None), *(v.name for v in index.vectors)):
+        model.get_parameter(name).data.copy_(checkpoint.read(name))
+    return model.requires_grad_(False)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

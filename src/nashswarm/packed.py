@@ -25,14 +25,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
-from nashswarm.artifacts import fresh_directory, sha256_file, write_bytes
-from nashswarm.models import COMPANIONS, PICKLES
+from nashswarm.artifacts import COMPANIONS, PICKLES, fresh_directory, sha256_file, write_bytes, write_json
+from nashswarm.payload import Payload
 from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 
 FORMAT = 1
-MANIFEST, PAYLOAD = "manifest.json", "packed.safetensors"
+MANIFEST, PAYLOAD, CONFIG = "manifest.json", "packed.safetensors", "config.json"
+QUANT_METHOD = "nashswarm"  # in config.json: to transformers, a name that it knows only with our plug-in
 FP32_BYTES = 4
 SEAL = b',"seal":"%s"}'
 SHARED = "shared"  # stands for a tensor's name where an array serves all of them
@@ -88,31 +89,46 @@ def write_packed(
     Arguments: `tensors` in the model's order, each made when its turn comes; `vectors`, float32; `companions`, the
     directory whose config and tokenizer go along. Raises NashSwarmError where float16 cannot hold a vector.
     """
-    arrays: dict[str, np.ndarray] = {}
     entries: dict[str, Any] = {}
-    for name, packed in tensors:
-        arrays |= {f"{name}.{part}": np.ascontiguousarray(array) for part, array in packed.arrays.items()}
-        arrays |= {f"{SHARED}.{part}": np.ascontiguousarray(array) for part, array in packed.shared.items()}
-        entries[name] = {"codec": packed.codec, "shape": packed.shape, **packed.scalars}
     specs, values = [], []
-    for spec, value in vectors:
-        specs.append([spec.name, list(spec.shape)])
-        values.append(_to_float16(spec.name, value))
-    if values:
-        arrays["vectors"] = np.concatenate([v.reshape(-1) for v in values])
-    with fresh_directory(directory) as target:
-        write_bytes(target / PAYLOAD, save(arrays))
-        for name in COMPANIONS:
-            if (companions / name).is_file():
-                shutil.copyfile(companions / name, target / name)
+    with fresh_directory(directory) as target, Payload(target / PAYLOAD) as payload:
+        for name, packed in tensors:
+            for part, array in packed.arrays.items():
+                payload.add(f"{name}.{part}", array)
+            for part, array in packed.shared.items():
+                payload.add(f"{SHARED}.{part}", array)
+            entries[name] = {"codec": packed.codec, "shape": packed.shape, **packed.scalars}
+        for spec, value in vectors:
+            specs.append([spec.name, list(spec.shape)])
+            values.append(_to_float16(spec.name, value).reshape(-1))
+        if values:
+            payload.add("vectors", np.concatenate(values))
+        files = {PAYLOAD: payload.finish(), **_copy_companions(companions, target)}
         manifest = {
             "format": FORMAT,
             "provenance": dataclasses.asdict(provenance),
             "tensors": entries,
             "vectors": specs,  # a list: their order is that of the payload
-            "files": {p.name: [p.stat().st_size, sha256_file(p)] for p in sorted(target.iterdir())},
+            "files": files,
         }
         write_bytes(target / MANIFEST, _sealed(manifest))
+
+
+def _copy_companions(source: Path, target: Path) -> dict[str, tuple[int, str]]:
+    """Config and tokenizer; returns name -> bytes and SHA-256.
+
+    The config says in addition what the plug-in goes by, and that decoded weights are float32.
+    """
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / CONFIG).is_file():
+        config = json.loads((source / CONFIG).read_bytes())
+        config.pop("torch_dtype", None)  # the older name of dtype
+        config |= {"dtype": "float32", "quantization_config": {"quant_method": QUANT_METHOD}}
+        write_json(target / CONFIG, config)
+    copied = ((name, target / name) for name in COMPANIONS if (target / name).is_file())
+    return {name: (path.stat().st_size, sha256_file(path)) for name, path in copied}
 
 
 def open_packed(directory: Path) -> PackedModel:
@@ -125,8 +141,11 @@ def open_packed(directory: Path) -> PackedModel:
             raise PackedError(f"{path}: the manifest lists this file, but it is not there; get the directory again")
         if path.stat().st_size != size:
             raise PackedError(f"{path}: {path.stat().st_size} bytes, expected {size}; get the directory again")
-        if sha256_file(path) != expected:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != expected:
             raise PackedError(f"{path}: the SHA-256 is not that of the manifest; the file is corrupt, get it again")
+        if name == PAYLOAD:  # what was hashed is what is used
+            payload = data
     stray = {p.name for p in directory.iterdir()} - set(listed) - {MANIFEST}
     weights = {name for name in stray if name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))}
     if foreign := sorted(weights | stray & {*COMPANIONS}):
@@ -134,7 +153,7 @@ def open_packed(directory: Path) -> PackedModel:
             f"{directory / foreign[0]}: not listed in the manifest; remove it, or get the directory again"
         )
     try:
-        arrays = load((directory / PAYLOAD).read_bytes())
+        arrays = load(payload)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter for a dtype that numpy lacks
         raise PackedError(f"{directory / PAYLOAD}: not a valid safetensors file ({error})") from error
     _check_arrays(directory, manifest, arrays)
@@ -243,6 +262,12 @@ def _check_arrays(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[
         raise PackedError(
             f"{directory / PAYLOAD}: vectors are {vectors.dtype} {list(vectors.shape)}, but the manifest speaks of "
             f"float16 [{expected}]"
+        )
+    weights = expected + sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values())
+    if arrays and weights != manifest["provenance"]["parameters"]:
+        raise PackedError(
+            f"{directory / MANIFEST}: shapes of {weights} weights, but provenance.parameters says "
+            f"{manifest['provenance']['parameters']}; get the directory again"
         )
 
 

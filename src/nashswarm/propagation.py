@@ -105,6 +105,8 @@ class Propagation(Blocks):
     @torch.no_grad()
     def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
         """Put the rounded matrix, float32 [out, in], in the model; its bias takes up the mean of the rounding error."""
+        if tensor.layer is not None:
+            self._enter(tensor.layer)
         parameter = self.model.get_parameter(tensor.name)
         parameter.copy_(weight.T if tensor.kind == "conv1d" else weight)
         bias, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
@@ -151,7 +153,10 @@ class Propagation(Blocks):
                 for number, hidden in enumerate(self.quantized):
                     self.quantized[number] = self.run(self._layer, number, hidden)
                 self.original, self._outputs = self._outputs, []
+                self.drop(self._layer)
             self._layer += 1
+            if self._layer < len(self.blocks):
+                self.hold(self._layer)  # what is rounded is kept until the stream has passed
         self._sums = None
         self._keep(layer)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nashswarm import artifacts, packed
 from nashswarm.config import Method, load_room
-from nashswarm.models import Checkpoint, load_original
+from nashswarm.models import Checkpoint, load_streamed
 from nashswarm.packed import Provenance, write_packed
 from nashswarm.propagation import Aim, Propagation
 from nashswarm.recipes import KEPT, method_document
@@ -262,7 +262,7 @@ class Plain:
 
 
 def _propagation(model: Model, ids: np.ndarray, tokens: int) -> Propagation:
-    original = load_original(model.checkpoint.directory, model.index)
+    original = load_streamed(model.checkpoint.directory, model.index)
     walk = Propagation.prepare(original, model.index, ids, tokens, PASS_TOKENS)
     walk.start()
     return walk

@@ -127,12 +127,14 @@ class _Run(Blocks):
         """Statistics of one block; turns `gradients` from those of its output into those of its input."""
         modules = self.projections(layer)
         moments = {name: _Moments() for name in modules}
+        self.hold(layer)  # for the pass back, too
         with _hooked(modules, moments, True):
             for number, batch in enumerate(self.batches()):
                 hidden = inputs[batch].clone().requires_grad_()
                 self.run(layer, number, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
                 assert hidden.grad is not None
                 gradients[batch] = hidden.grad
+        self.drop(layer)
         return moments
 
     def named(

@@ -78,7 +78,9 @@ class Steps:
 
     def of_columns(self, factor: float) -> Tensor:
         """2^(base + factor + columns / 8), float32 [in]."""
-        return torch.from_numpy(np.exp2(self.base + factor + self.columns / STEPS_PER_OCTAVE).astype(np.float32))
+        with np.errstate(over="ignore"):  # of a forged base; what is not finite is refused where weights are decoded
+            octaves = self.base + factor + self.columns / STEPS_PER_OCTAVE
+            return torch.from_numpy(np.exp2(octaves).astype(np.float32))
 
 
 # --- what the market sees ------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ class Rounded:
     base: int  # of the steps, in 1 / BASE_UNITS octaves
     steps: Steps
     states: int
-    codes: np.ndarray  # int16 or int32 [out, in]
+    codes: np.ndarray  # int8, int16 or int32 [out, in]: the narrowest that holds them
     contexts: tuple[np.ndarray, np.ndarray]  # int8 [out], int8 [in]
     size: float  # bytes of its codes with tables of its own
 
@@ -211,8 +213,8 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     array = np.ascontiguousarray(codes.T)
     contexts = entropy.fit_scales(array)
     size = _coded_bytes(array, contexts, machine)
-    small = array.astype(np.int16) if np.abs(array).max(initial=0) < 2**15 else array
-    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, small, contexts, size)
+    codes = array.astype(np.min_scalar_type(-1 - np.abs(array).max(initial=0)))
+    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, codes, contexts, size)
 
 
 def assemble(rounded: Sequence[Rounded]) -> Iterator[tuple[str, PackedTensor]]:

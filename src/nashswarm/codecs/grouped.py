@@ -70,7 +70,8 @@ def row_grids(job: Job, bits: int, group: int, search: bool, power: Tensor | Non
 
 def decode(packed: PackedTensor) -> Tensor:
     """float32 [out, in]."""
-    (rows, columns), bits, group = packed.shape, packed.scalars["bits"], packed.scalars["group"]
+    (rows, columns), bits = packed.shape, packed.scalars["bits"]
+    group = min(packed.scalars["group"], columns)  # whatever a forged one says, no row is padded beyond twice its size
     groups = -(-columns // group)
     scales = torch.from_numpy(np.array(packed.arrays["scales"])).view(torch.float16).view(rows, groups, 1).float()
     zeros = torch.from_numpy(unpack(packed.arrays["zeros"], bits, rows * groups)).view(rows, groups, 1)

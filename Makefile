@@ -14,12 +14,13 @@ help:  ## this list
 
 $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,export,dev]'
 	touch $@
 
 install: $(READY)  ## the pinned environment in .venv
 
 reproduce: $(READY)  ## run the pipeline on the embedded model, print the table
+	@python tools/mend.py
 	dvc repro
 	@python tools/show.py
 
@@ -28,7 +29,7 @@ paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub,
 
 test: $(READY)  ## the offline test suite, with lint and types
 	ruff check . && ruff format --check . && mypy
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
 	python -m pytest -m scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common import LAYOUT, progress, run, set_threads
 
-from nashswarm import artifacts, quantize
+from nashswarm import artifacts, preflight, quantize
 from nashswarm.config import Params
 from nashswarm.recipes import read_recipe
 
@@ -16,6 +16,7 @@ def main(params: Params, model: str, method: str) -> None:
     allocation = artifacts.read_allocation(LAYOUT.allocation(model, method))
     ids = artifacts.read_tokens(LAYOUT.download(model), params.active.calibration, "calibration").ids
     opened = quantize.open_model(LAYOUT, model)
+    preflight.check([preflight.packing_need(opened.index, recipe)], LAYOUT.root)
     quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common import LAYOUT, progress, run, set_threads
 
-from nashswarm import artifacts, models, statistics
+from nashswarm import artifacts, models, preflight, statistics
 from nashswarm.config import Params
 
 
@@ -13,12 +13,16 @@ def main(params: Params, model: str) -> None:
     set_threads(params)
     download = LAYOUT.download(model)
     index = artifacts.read_index(download)
-    directory = artifacts.read_source(download).open(LAYOUT.root)
+    record = artifacts.read_source(download)
     ids = artifacts.read_tokens(download, params.active.calibration, "calibration").ids
+    directory, facts = record.open(LAYOUT.root), (record.files, artifacts.digest(ids), params.scoring)
+    journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, params.compute.threads, statistics.code())
+    preflight.check([preflight.scoring_need(index, params.scoring)], LAYOUT.root)
     original = models.load_streamed(directory, index)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
-        for tensor, found in statistics.gather(original, index, ids, params.scoring, progress):
+        for tensor, found in statistics.gather(original, index, ids, params.scoring, progress, journal):
             artifacts.write_statistics(target, tensor.name, found)
+    journal.close()
 
 
 if __name__ == "__main__":

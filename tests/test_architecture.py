@@ -30,16 +30,10 @@ FOUNDATION: dict[str, set[str]] = {
 }
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
-TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "propagation", "resident", "statistics"}
+TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "preflight", "propagation", "resident", "statistics"}
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-WRITERS = {
-    "artifacts",
-    "packed",
-    "payload",
-    "hub",
-    "direct",
-}  # hub fills its own staging folder; direct saves plain models
+WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports"}  # hub: its staging; direct, exports: models
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 

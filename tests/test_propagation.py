@@ -487,3 +487,27 @@ def test_the_same_text_gives_the_same_aims(walk_of: Callable[..., Propagation]) 
         walk = walk_of("opt")
         runs.append([take(walk, tensor, coarse).weight for tensor in walk.order()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remembered_outputs_are_those_that_would_be_computed(
+    family: str, walk_of: Callable[..., Propagation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembering, forgetful = walk_of(family), walk_of(family)
+    monkeypatch.setattr(forgetful, "_once", set())
+    calls = {id(walk): 0 for walk in (remembering, forgetful)}
+    for walk in (remembering, forgetful):
+        for module in map(walk.model.get_submodule, (n.rpartition(".")[0] for n in walk.sequence)):
+            forward = module.forward
+
+            def counted(*arguments: Any, own: Any = forward, walk: Propagation = walk) -> Any:
+                calls[id(walk)] += 1
+                return own(*arguments)
+
+            module.forward = counted
+    for tensor in remembering.order():
+        one, other = (take(walk, tensor, coarse) for walk in (remembering, forgetful))
+        assert torch.equal(one.weight, other.weight), tensor.name
+    for vector in remembering.index.vectors:
+        assert np.array_equal(remembering.vector(vector.name), forgetful.vector(vector.name)), vector.name
+    assert calls[id(remembering)] < 0.8 * calls[id(forgetful)]

@@ -15,9 +15,11 @@ from conftest import CONTEXT, FAMILIES, VOCABULARY, Checkpoints, no_progress
 from torch import Tensor
 from torch.nn import functional
 
+from nashswarm import artifacts
+from nashswarm import statistics as stats
 from nashswarm.config import Scoring
 from nashswarm.corpora import TokenizedSplit
-from nashswarm.models import describe, load_original
+from nashswarm.models import describe, load_original, load_streamed
 from nashswarm.statistics import FREQUENCY_PRIOR, gather
 from nashswarm.types import InputError, ModelIndex, NashSwarmError, Statistics
 
@@ -209,3 +211,44 @@ def test_a_matrix_that_never_ran_is_named(checkpoint: Checkpoints, split: Splits
     monkeypatch.setattr(block, "forward", lambda x: x)
     with pytest.raises(NashSwarmError, match=r"model\.layers\.1\.mlp\.\w+\.weight: no statistics were gathered"):
         list(gather(model, index, split("llama").ids, SCORING, no_progress))
+
+
+# --- interrupted runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 6, 11])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_interrupted_run_goes_on_behind_its_finished_steps(
+    family: str, taken: int, checkpoint: Checkpoints, split: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, ids = checkpoint(family), split(family).ids
+    index = describe(directory)
+    scoring = dataclasses.replace(SCORING, batch_tokens=2 * CONTEXT)
+    expected = run(directory, ids, scoring)
+    runs: list[int] = []
+    block = stats._Run.block
+    monkeypatch.setattr(stats._Run, "block", lambda self, at, *rest: (runs.append(at), block(self, at, *rest))[1])
+    journal = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
+    first = gather(load_streamed(directory, index), index, ids, scoring, no_progress, journal)
+    for _ in range(taken):
+        next(first, None)
+    first.close()
+    again = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
+    found = dict(gather(load_streamed(directory, index), index, ids, scoring, no_progress, again))
+    assert sorted(runs) == [0, 1]  # each block once, in whichever of the two runs
+    assert {tensor.name for tensor in found} == expected.keys()
+    for tensor, one in found.items():
+        for field in dataclasses.fields(one):
+            ours, theirs = getattr(one, field.name), getattr(expected[tensor.name], field.name)
+            assert (ours is None and theirs is None) or np.array_equal(ours, theirs), (tensor.name, field.name)
+    again.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_other_settings_does_not_go_on(checkpoint: Checkpoints, split: Splits, tmp_path: Path) -> None:
+    one = artifacts.Journal.of(tmp_path, "scores", SCORING, {"model.safetensors": "a"})
+    one.keep("state", {"layer": np.array(0)})
+    assert artifacts.Journal.of(tmp_path, "scores", SCORING, {"model.safetensors": "a"}).read("state") is not None
+    other = artifacts.Journal.of(tmp_path, "scores", SCORING, {"model.safetensors": "b"})
+    assert other.read("state") is None
+    assert not one.directory.exists()

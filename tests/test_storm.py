@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Checkpoints, Models, Packed, no_progress
+from conftest import PROJECT, Checkpoints, Models, Packed, no_progress
 from miniature import Project, make, ran
 
 from nashswarm import artifacts, packed, quantize
@@ -71,6 +71,7 @@ def kill_and_run_again(fresh: Project, directory: Path, after: float) -> dict[st
             running.wait(after)
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
+    project.call(sys.executable, str(PROJECT / "tools/mend.py"))  # as `make reproduce` does
     project.dvc("repro")
     assert ran(project.dvc("repro")) == []
     found = outputs(project)
@@ -101,6 +102,24 @@ def test_a_hundred_killed_runs_go_on_to_the_same_files(
     fresh: Project, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
     storm(fresh, undisturbed, tmp_path, STORM)
+
+
+@pytest.mark.pipeline
+def test_half_a_lockfile_is_mended(fresh: Project, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
+    """DVC writes dvc.lock in place; a kill may leave any beginning of it."""
+    project = fresh.copy(tmp_path)
+    whole = undisturbed[0]["dvc.lock"]
+    half = whole[: whole.index(b"outs:") + len(b"outs:\n    -")]
+    (project.root / "dvc.lock").write_bytes(half)
+    (project.root / ".dvc/tmp").mkdir(parents=True)
+    (project.root / ".dvc/tmp/rwlock").write_bytes(b'{"')
+    said = project.call(sys.executable, str(PROJECT / "tools/mend.py")).stdout
+    assert said.count("half written by a run that was killed") == 2
+    assert not (project.root / ".dvc/tmp/rwlock").exists()
+    project.dvc("status")
+    (project.root / "dvc.lock").write_bytes(whole)
+    assert project.call(sys.executable, str(PROJECT / "tools/mend.py")).stdout == ""
+    assert (project.root / "dvc.lock").read_bytes() == whole
 
 
 @pytest.mark.pipeline

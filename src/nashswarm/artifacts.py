@@ -184,6 +184,7 @@ def fresh_directory(path: Path) -> Iterator[Path]:
     with naming(path):
         handle = _claim(path, temporary)
         try:
+            (temporary / WRITER).write_text(str(os.getpid()))
             _restore(path, former)
             yield temporary
             (temporary / WRITER).unlink(missing_ok=True)
@@ -221,7 +222,6 @@ def _claim(path: Path, temporary: Path) -> int:
         os.close(handle)
     for left in temporary.iterdir():  # by a process that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    (temporary / WRITER).write_text(str(os.getpid()))
     return handle
 
 
@@ -245,6 +245,51 @@ def link_files(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
+
+
+def reserved(path: Path, size: int) -> Path:
+    """A file of `size` bytes, whose space is taken now: what is mapped later cannot meet a full disk."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(size)
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Finished steps of a run, one file each, in a directory of the run's fingerprint."""
+
+    directory: Path
+
+    @classmethod
+    def of(cls, parent: Path, purpose: str, *facts: object) -> Journal:
+        """The journal of a run of which `facts` are all that decides what it computes. Others' journals are removed."""
+        text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
+        directory = parent / f"{purpose}@{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        for other in parent.glob(f"{purpose}@*"):
+            if other != directory:
+                shutil.rmtree(other, ignore_errors=True)
+        return cls(directory)
+
+    def read(self, step: str) -> dict[str, np.ndarray] | None:
+        """What was kept of a step, if it was finished."""
+        path = self.directory / f"{step}.safetensors"
+        return _load(path) if path.is_file() else None
+
+    def keep(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Note a step as finished."""
+        write_arrays(self.directory / f"{step}.safetensors", arrays)
+
+    def scratch(self, name: str, size: int) -> Path:
+        """A file of `size` bytes, as the last run left it."""
+        return reserved(self.directory / name, size)
+
+    def close(self) -> None:
+        """The run is over: nothing of it is needed."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path) -> None:

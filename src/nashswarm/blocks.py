@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -108,3 +108,24 @@ def replaced_blocks(model: nn.Module, blocks: nn.ModuleList, output: Tensor) -> 
         yield
     finally:
         setattr(owner, leaf, blocks)
+
+
+class _Reached(Exception):
+    """Ends a forward pass where nothing behind is needed."""
+
+
+def called_with(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What `run` calls a module with, if it gets there; nothing behind that is run."""
+    found = []
+
+    def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        found.append((arguments, keywords))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            run()
+    finally:
+        handle.remove()
+    return found[0] if found else None

@@ -79,6 +79,34 @@ def quantize(
     inspect(output, as_json=as_json)
 
 
+@app.command()
+def estimate(
+    model: Annotated[Path, typer.Argument(help="a directory with config.json; its weights are not read")],
+    bits: Annotated[float, typer.Option(help="budget: true bits per weight")] = 3,
+    codec: Annotated[str, typer.Option(help="coded or tiles")] = "coded",
+    method: Annotated[Path | None, typer.Option(help="a YAML file with one method, as in params.yaml")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of a method; may come again")] = None,
+    tokens: Annotated[int, typer.Option(help="of calibration, for the statistics")] = 32768,
+    as_json: Json = False,
+) -> None:
+    """Say what `quantize` will need of memory, disk and time. Exit code 2, and what to lower, where it does not fit."""
+    from nashswarm import models, preflight
+    from nashswarm.config import Scoring
+
+    index = models.describe(model)
+    chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
+    needs = preflight.needs(index, chosen, Scoring(tokens=tokens), preflight.token_seconds(index))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(need) for need in needs], indent=2))
+    else:
+        table = Table("step", "memory", "disk", "time", title=f"{index.parameters:,} parameters, about")
+        for need in needs:
+            memory, disk = need.memory / preflight.GIB, need.disk / preflight.GIB
+            table.add_row(need.step, f"{memory:.1f} GiB", f"{disk:.1f} GiB", f"{need.seconds / 60:.0f} minutes")
+        console.print(table)
+    preflight.check(needs, Path())
+
+
 def _method(file: Path | None, standard: Mapping[str, Any], changes: Sequence[str]) -> Method:
     from nashswarm.config import parse_method
 
@@ -111,6 +139,32 @@ def unpack(
 
     direct.unpack_directory(directory, output, dtype)
     console.print(f"{output}: {sum(p.stat().st_size for p in output.iterdir()):,} bytes of {dtype}")
+
+
+@app.command()
+def export(
+    directory: Packed,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the directory to write")],
+    to: Annotated[str, typer.Option(help="gguf or compressed-tensors")] = "gguf",
+    as_json: Json = False,
+) -> None:
+    """Write a packed model in another program's format, where that can hold it exactly; else say why not.
+
+    Both know symmetric grids alone: pack with --method a file with codec grouped or gptq, symmetric: true, bits 4 or 8
+    and groups of a multiple of 32 (for compressed-tensors also scope: linear). What is written is read back by the
+    format's own library and compared weight by weight.
+    """
+    from nashswarm import exports
+
+    opened = packed.open_packed(directory)
+    count = exports.export(directory, output, to)
+    bits = 8 * count / opened.provenance.parameters
+    own = 8 * opened.size.file_bytes / opened.provenance.parameters
+    if as_json:
+        print(json.dumps({"format": to, "file_bytes": count, "bits_per_weight": bits, "packed_bits_per_weight": own}))
+        return
+    console.print(f"{output}: {count:,} bytes of {to}, {bits:.4f} true bits per weight ({own:.4f} packed)")
+    console.print("every weight reads back as it was packed, so its loss is the packed model's")
 
 
 # --- looking -------------------------------------------------------------------------------------------------------

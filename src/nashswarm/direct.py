@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 
-from nashswarm import artifacts, corpora, models, quantize, statistics
+from nashswarm import artifacts, corpora, models, preflight, quantize, statistics
 from nashswarm.config import Method, Scoring
 from nashswarm.loading import load
 from nashswarm.types import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def quantize_directory(
@@ -25,11 +28,18 @@ def quantize_directory(
     models.checkpoint_files(source)  # no pickles, no remote code: before transformers sees the directory
     index = models.describe(source)
     checkpoint = models.Checkpoint.open(source, index)
+    needs = preflight.needs(index, method, scoring, preflight.token_seconds(index))
+    preflight.check(needs, output)
+    logger.info("%s", "; ".join(map(str, needs)))
     ids = corpora.tokenize(corpora.read_text_file(text), models.load_tokenizer(source)).ids
     record = artifacts.SourceRecord("path", str(source), None, None, {})
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:
         scores = Path(scratch)
-        for tensor, found in statistics.gather(models.load_streamed(source, index), index, ids, scoring, progress):
+        files = {name: artifacts.sha256_file(source / name) for name in models.checkpoint_files(source)}
+        facts = (files, artifacts.digest(ids), scoring, torch.get_num_threads(), statistics.code())
+        journal = artifacts.Journal.of(output.absolute().parent, f".{output.name}.score", *facts)
+        original = models.load_streamed(source, index)
+        for tensor, found in statistics.gather(original, index, ids, scoring, progress, journal):
             artifacts.write_statistics(scores, tensor.name, found)
         model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
         packed = target / "packed"
@@ -37,6 +47,7 @@ def quantize_directory(
         for file in packed.iterdir():
             file.rename(target / file.name)
         packed.rmdir()
+    journal.close()
 
 
 def unpack_directory(directory: Path, output: Path, dtype: str) -> None:

@@ -18,8 +18,9 @@ original outputs are computed just before it is changed.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nashswarm.blocks import Blocks, is_projection, replaced_blocks
+from nashswarm.blocks import Blocks, called_with, is_projection, replaced_blocks
 from nashswarm.types import NashSwarmError, TensorSpec
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
@@ -46,10 +47,6 @@ class Aim:
     second_moment: np.ndarray | None = None  # float32 [in, in], about the mean where a bias can follow; None: as before
 
 
-class _Reached(Exception):
-    """Ends a forward pass where nothing behind is needed."""
-
-
 @dataclass
 class Propagation(Blocks):
     """Two streams of hidden states through one model: the original's, and the one behind what was quantized."""
@@ -58,12 +55,14 @@ class Propagation(Blocks):
     quantized: list[Tensor] = field(default_factory=list)
     sequence: list[str] = field(default_factory=list)  # the matrices that multiply, as the model runs them
     _layer: int | None = None
+    _once: set[str] = field(default_factory=set)  # those of them that run once in a pass
     _inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, of the present block
     _streams: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, to which a writer adds
     _outputs: list[Tensor] = field(default_factory=list)  # the original's, of the present block
     _sums: tuple[Tensor, _Sums] | None = None  # of those matrices that share their inputs
     _means: dict[str, Tensor] = field(default_factory=dict)  # of inputs, where a bias can follow
     _aims: dict[str, Tensor] = field(default_factory=dict)
+    _settled: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of this block: batch -> a matrix' outputs
 
     @torch.no_grad()
     def start(self) -> None:
@@ -74,6 +73,7 @@ class Propagation(Blocks):
                 name = self.name_of(module)
                 hooks.enter_context(_before(module, partial(lambda at, _: self.sequence.append(at), name)))
             self.model(self.windows[:1], use_cache=False)
+        self._once = {name for name, calls in Counter(self.sequence).items() if calls == 1}
         self.sequence = list(dict.fromkeys(self.sequence))
 
     def order(self) -> list[TensorSpec]:
@@ -109,6 +109,8 @@ class Propagation(Blocks):
             self._enter(tensor.layer)
         parameter = self.model.get_parameter(tensor.name)
         parameter.copy_(weight.T if tensor.kind == "conv1d" else weight)
+        if tensor.layer is not None and tensor.name in self._once:
+            self._settled[tensor.name] = {}
         bias, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
         aim = self._aims.pop(tensor.name, None)
         if bias is not None and mean is not None and aim is not None:
@@ -132,7 +134,7 @@ class Propagation(Blocks):
         """What the first block is given; `calls` keeps what else it is called with."""
         found = []
         for batch in self.batches():
-            call = _call(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
+            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
             assert call is not None
             (hidden, *others), keywords = call
             found.append(hidden.clone())
@@ -151,8 +153,10 @@ class Propagation(Blocks):
                 if not self._outputs:
                     self._keep(self._layer)
                 for number, hidden in enumerate(self.quantized):
-                    self.quantized[number] = self.run(self._layer, number, hidden)
+                    with self._remembering(number):
+                        self.quantized[number] = self.run(self._layer, number, hidden)
                 self.original, self._outputs = self._outputs, []
+                self._settled = {}
                 self.drop(self._layer)
             self._layer += 1
             if self._layer < len(self.blocks):
@@ -226,15 +230,29 @@ class Propagation(Blocks):
                 if name == tensor.name:
                     break
                 hooks.enter_context(_after(modules[name], streams.append))
-            call = _call(modules[tensor.name], partial(self.run, tensor.layer, number, hidden))
+            hooks.enter_context(self._remembering(number))
+            call = called_with(modules[tensor.name], partial(self.run, tensor.layer, number, hidden))
         if call is None:
             return None, None
         stream = sum((_by_token(s, hidden) for s in streams), hidden) if tensor.name in self._streams else None
         return _by_token(call[0][0], hidden), stream
 
+    @contextmanager
+    def _remembering(self, number: int) -> Iterator[None]:
+        """Within, settled matrices of the block do not multiply batch `number` again: nothing before them changed."""
+        modules = self.projections(self._layer) if self._layer is not None and self._settled else {}
+        settled = [(modules[name], modules[name].forward, outputs) for name, outputs in self._settled.items()]
+        for module, own, outputs in settled:
+            module.forward = partial(_first_time, own, outputs, number)
+        try:
+            yield
+        finally:
+            for module, own, _ in settled:
+                module.forward = own
+
     def _head_input(self, head: nn.Module, hidden: Tensor) -> Tensor:
         with replaced_blocks(self.model, self.blocks, hidden):
-            call = _call(head, partial(self.model, self.windows[: len(hidden)], use_cache=False))
+            call = called_with(head, partial(self.model, self.windows[: len(hidden)], use_cache=False))
         assert call is not None
         reached: Tensor = call[0][0]
         return reached
@@ -335,25 +353,14 @@ def _by_token(values: Tensor, hidden: Tensor) -> Tensor:
     return values.view(*tokens, -1) if flat else values
 
 
+def _first_time(forward: Callable[..., Tensor], outputs: dict[int, Tensor], number: int, *arguments: Tensor) -> Tensor:
+    if number not in outputs:
+        outputs[number] = forward(*arguments)
+    return outputs[number]
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
     return float((one - other).abs().max()) <= RESIDUAL_TOLERANCE * float(other.abs().max())
-
-
-def _call(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """What `run` calls a module with, if it gets there; nothing behind that is run."""
-    found = []
-
-    def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        found.append((arguments, keywords))
-        raise _Reached
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Reached):
-            run()
-    finally:
-        handle.remove()
-    return found[0] if found else None
 
 
 @contextmanager

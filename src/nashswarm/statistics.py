@@ -10,12 +10,14 @@ which is the Hessian of KL(original || quantized) (Kunstner et al., 2019, arXiv:
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nashswarm.blocks import Blocks, replaced_blocks
+from nashswarm.artifacts import reserved
+from nashswarm.blocks import Blocks, called_with, replaced_blocks
+from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Scoring
 from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
 
@@ -33,23 +37,104 @@ if TYPE_CHECKING:
 FREQUENCY_PRIOR = 0.5  # lookups added to each row: a token that calibration missed is rare, not impossible
 
 
+class Journal(Protocol):
+    """Where finished steps are kept, so that a run that was interrupted goes on behind them."""
+
+    def read(self, step: str) -> Mapping[str, np.ndarray] | None:
+        """What was kept of a step, if it was finished."""
+
+    def keep(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Note a step as finished."""
+
+    def scratch(self, name: str, size: int) -> Path:
+        """A file of `size` bytes of which nothing is known but what steps that were kept say."""
+
+
 def gather(
-    model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, scoring: Scoring, progress: Progress
+    model: PreTrainedModel,
+    index: ModelIndex,
+    ids: np.ndarray,
+    scoring: Scoring,
+    progress: Progress,
+    journal: Journal | None = None,
 ) -> Iterator[tuple[TensorSpec, Statistics]]:
     """The statistics of every matrix, one at a time, head first, then blocks from last to first, then embeddings.
 
-    Arguments: `model` in float32, not training; `ids`, int32 [tokens], of the calibration split.
+    Arguments: `model` in float32, not training; `ids`, int32 [tokens], of the calibration split; `journal`, whose
+    finished steps are not done again.
     Raises InputError where `ids` do not fill a window, NashSwarmError where a matrix was never run.
     """
     run = _Run.prepare(model, index, ids, scoring.tokens, scoring.batch_tokens)
-    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, run.file(Path(scratch)) as inputs:
-        lookups = run.forward(inputs, progress)
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
+        journal = journal or _Forgetful(Path(scratch))
+        inputs = run.file(journal)
+        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs, progress))
+        if not run.calls:
+            run.first_calls()
         gradients = torch.empty(inputs.shape[1:])
-        head = run.head(inputs[-1], gradients, scoring.seed, progress)
+        state = journal.read("state")
+        done = int(state["layer"]) if state else len(run.blocks) + 1
+        if state:
+            gradients.copy_(torch.from_numpy(np.array(state["gradients"])))
+
+        def step(layer: int, moments: Callable[[], dict[str, _Moments]]) -> dict[str, Statistics]:
+            if layer >= done:
+                return _read_statistics(journal, layer)
+            found = {name: m.statistics(name) for name, m in moments().items()}
+            _keep_statistics(journal, layer, found)
+            journal.keep("state", {"layer": np.array(layer), "gradients": gradients.numpy()})
+            return found
+
+        head = step(len(run.blocks), lambda: run.head(inputs[-1], gradients, scoring.seed, progress))
         yield from run.named(head, lambda t: t.layer is None and t.kind != "embedding")
         for layer in progress(range(len(run.blocks) - 1, -1, -1), "layers"):
-            yield from run.named(run.block(layer, inputs[layer], gradients), lambda t, at=layer: t.layer == at)  # type: ignore[misc]
+            found = step(layer, lambda at=layer: run.block(at, inputs[at], gradients))  # type: ignore[misc]
+            yield from run.named(found, lambda t, at=layer: t.layer == at)  # type: ignore[misc]
         yield from run.embeddings(lookups, head, gradients)
+
+
+def code() -> dict[str, str]:
+    """The files that compute this, and their SHA-256: an interrupted run and its successor must have them in common."""
+    own = Path(__file__)
+    return fingerprint(closure([own], [own.parents[1]]), own.parents[1])
+
+
+class _Forgetful:
+    """A journal that keeps nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def read(self, step: str) -> None:
+        return None
+
+    def keep(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        pass
+
+    def scratch(self, name: str, size: int) -> Path:
+        return reserved(self.directory / name, size)
+
+
+def _resumed(journal: Journal, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    kept = journal.read(name)
+    if kept is not None:
+        return {key: torch.from_numpy(np.array(value)) for key, value in kept.items()}
+    found = make()
+    journal.keep(name, {key: value.numpy() for key, value in found.items()})
+    return found
+
+
+def _keep_statistics(journal: Journal, layer: int, found: Mapping[str, Statistics]) -> None:
+    arrays = {f"{name}:{f.name}": getattr(s, f.name) for name, s in found.items() for f in fields(s)}
+    journal.keep(f"layer-{layer}", {key: value for key, value in arrays.items() if value is not None})
+
+
+def _read_statistics(journal: Journal, layer: int) -> dict[str, Statistics]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in (journal.read(f"layer-{layer}") or {}).items():
+        name, _, field = key.rpartition(":")
+        found.setdefault(name, {})[field] = value
+    return {name: Statistics(**arrays) for name, arrays in found.items()}
 
 
 @dataclass
@@ -87,11 +172,18 @@ class _Moments:
 
 @dataclass
 class _Run(Blocks):
-    @contextmanager
-    def file(self, scratch: Path) -> Iterator[Tensor]:
+    def file(self, journal: Journal) -> Tensor:
         """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
         shape = (len(self.blocks) + 1, *self.windows.shape, self.model.config.hidden_size)
-        yield torch.from_numpy(np.memmap(scratch / "inputs", np.float32, "w+", shape=shape))
+        path = journal.scratch("inputs", 4 * math.prod(shape))
+        return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=shape))
+
+    def first_calls(self) -> None:
+        """Note how blocks are called, where their inputs are known already."""
+        for batch in self.batches():
+            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
+            assert call is not None
+            self.calls.append((call[0][1:], call[1]))
 
     def forward(self, inputs: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Fill `inputs`, remember how blocks are called, and count lookups: name of a table -> float64 [rows]."""
@@ -138,14 +230,13 @@ class _Run(Blocks):
         return moments
 
     def named(
-        self, moments: dict[str, _Moments], wanted: Callable[[TensorSpec], bool]
+        self, found: Mapping[str, Statistics], wanted: Callable[[TensorSpec], bool]
     ) -> Iterator[tuple[TensorSpec, Statistics]]:
-        for tensor in self.index.tensors:
-            if wanted(tensor):
-                yield tensor, moments.get(tensor.name, _Moments()).statistics(tensor.name)
+        for tensor in filter(wanted, self.index.tensors):
+            yield tensor, found.get(tensor.name) or _Moments().statistics(tensor.name)
 
     def embeddings(
-        self, lookups: dict[str, Tensor], head: dict[str, _Moments], gradients: Tensor
+        self, lookups: dict[str, Tensor], head: Mapping[str, Statistics], gradients: Tensor
     ) -> Iterator[tuple[TensorSpec, Statistics]]:
         """Tables: how often each row is looked up, and the Fisher information of the first block's input."""
         width = gradients.shape[-1]
@@ -164,7 +255,7 @@ class _Run(Blocks):
             # A table narrower than the blocks (OPT-350M projects it) has no gradient of its own: the mean stands in.
             mean = moment.diagonal().mean()
             own = moment if tensor.shape[1] == width else mean * torch.eye(tensor.shape[1], dtype=torch.float64)
-            use = head[tensor.name].statistics(tensor.name) if tensor.name in head else Statistics()
+            use = head.get(tensor.name, Statistics())
             yield tensor, replace(use, frequency=_float32(per_token), lookup_moment=_float32(own))
 
 

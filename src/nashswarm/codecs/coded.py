@@ -50,7 +50,7 @@ class Settings:
     row_exponent: float = 0.5
     token_row_exponent: float = 0.25
     states: int = 32  # of the trellis: more are slower and a little better
-    prefix_tokens: int = 32768  # of calibration, to fit each matrix to what is quantized before it; 0 for none
+    prefix_tokens: int = 16384  # of calibration, to fit each matrix to what is quantized before it; 0 for none
 
     def __post_init__(self) -> None:
         if self.states not in trellis.POLYNOMIALS:

@@ -27,7 +27,7 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     assert job.choice.bits is not None
     bits, group = job.choice.bits, settings.group_of(job.tensor)
     moment = feedback.curvature(job.statistics, job.tensor.name).inputs
-    scales, zeros = grouped.row_grids(job, bits, group, settings.clip_search, moment.diagonal().float())
+    scales, zeros = grouped.row_grids(job, bits, group, settings, moment.diagonal().float())
     codes = torch.empty(job.tensor.shape[::-1], dtype=torch.uint8)
 
     def quantize(column: int, values: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         return (found - zero) * scale.float()
 
     feedback.round_with_feedback(job.weight, feedback.factor(moment, job.tensor.name), quantize)
-    return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), scales, zeros, bits, group)
+    grids = (scales, None if settings.symmetric else zeros)
+    return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), *grids, bits, group)
 
 
 def decode(packed: PackedTensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Round to nearest on asymmetric grids, one for each group of consecutive weights of a row: the field's baseline.
 
 w' = scale * (code - zero), codes and zeros unsigned integers of `bits` bits, scale float16. At 4 bits and groups of 64
-a weight costs 4 + (16 + 4) / 64 = 4.31 bits. Clipping is searched: of `CLIPS` shrunken ranges, each group keeps the
-one with the least squared error (with a second moment at hand, weighted by its diagonal, the inputs' power).
+a weight costs 4 + (16 + 4) / 64 = 4.31 bits. Symmetric grids have their zero at 2^(bits - 1) and do not store it: they
+are what other programs' formats hold (`nashswarm.exports`). Clipping is searched: of `CLIPS` shrunken ranges, each
+group keeps the one with the least squared error (with a second moment at hand, weighted by its diagonal, the inputs'
+power).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Settings:
     group: int = 64
     embedding_group: int | None = None
     clip_search: bool = True
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         for key in ("group", "embedding_group"):
@@ -46,22 +49,23 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     """Codes, scales and zeros of `choice.bits` bits. The last group of a row is shorter where in % group != 0."""
     assert job.choice.bits is not None
     bits, group = job.choice.bits, settings.group_of(job.tensor)
-    scales, zeros = row_grids(job, bits, group, settings.clip_search, _input_power(job))
+    scales, zeros = row_grids(job, bits, group, settings, _input_power(job))
     top, step = 2**bits - 1, max(1, CHUNK // job.tensor.shape[1])
     pieces = []
     for i in range(0, job.tensor.shape[0], step):
         groups = _grouped(job.weight[i : i + step], group)
         codes = quantize(groups, scales[i : i + step], zeros[i : i + step], top)
         pieces.append(codes.to(torch.uint8).reshape(groups.shape[0], -1)[:, : job.tensor.shape[1]])
-    return packed_groups("grouped", job.tensor, torch.cat(pieces), scales, zeros, bits, group)
+    grids = (scales, None if settings.symmetric else zeros)
+    return packed_groups("grouped", job.tensor, torch.cat(pieces), *grids, bits, group)
 
 
-def row_grids(job: Job, bits: int, group: int, search: bool, power: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_grids(job: Job, bits: int, group: int, settings: Settings, power: Tensor | None) -> tuple[Tensor, Tensor]:
     """The grids of all groups of a matrix: scales float16 and zeros uint8, both [out, groups]."""
     weights = None if power is None else _grouped(power[None], group)
     step = max(1, CHUNK // job.tensor.shape[1])
     pieces = [
-        fit_grids(_grouped(job.weight[i : i + step], group), bits, weights, search, job.tensor.name)
+        fit_grids(_grouped(job.weight[i : i + step], group), bits, weights, settings, job.tensor.name)
         for i in range(0, job.tensor.shape[0], step)
     ]
     scales, zeros = (torch.cat(part) for part in zip(*pieces, strict=True))
@@ -74,25 +78,25 @@ def decode(packed: PackedTensor) -> Tensor:
     group = min(packed.scalars["group"], columns)  # whatever a forged one says, no row is padded beyond twice its size
     groups = -(-columns // group)
     scales = torch.from_numpy(np.array(packed.arrays["scales"])).view(torch.float16).view(rows, groups, 1).float()
-    zeros = torch.from_numpy(unpack(packed.arrays["zeros"], bits, rows * groups)).view(rows, groups, 1)
+    zeros: Tensor | int = 2 ** (bits - 1)
+    if "zeros" in packed.arrays:
+        zeros = torch.from_numpy(unpack(packed.arrays["zeros"], bits, rows * groups)).view(rows, groups, 1)
     codes = torch.from_numpy(unpack(packed.arrays["codes"], bits, rows * columns)).view(rows, columns)
     weights = scales * (_grouped(codes, group).float() - zeros)
     return weights.reshape(rows, -1)[:, :columns].contiguous()
 
 
 def packed_groups(
-    codec: str, tensor: TensorSpec, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int
+    codec: str, tensor: TensorSpec, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int
 ) -> PackedTensor:
-    """The layout that `decode` reads: codes uint8 [out, in], scales float16 and zeros uint8 [out, groups]."""
-    arrays = {
-        "codes": pack(codes.numpy(), bits),
-        "scales": scales.contiguous().view(torch.uint16).numpy(),
-        "zeros": pack(zeros.numpy(), bits),
-    }
+    """The layout that `decode` reads: codes uint8 [out, in], scales float16 [out, groups], zeros uint8 or None."""
+    arrays = {"codes": pack(codes.numpy(), bits), "scales": scales.contiguous().view(torch.uint16).numpy()}
+    if zeros is not None:
+        arrays["zeros"] = pack(zeros.numpy(), bits)
     return PackedTensor(codec, tensor.shape, arrays, {"bits": bits, "group": group})
 
 
-def fit_grids(groups: Tensor, bits: int, power: Tensor | None, search: bool, name: str) -> tuple[Tensor, Tensor]:
+def fit_grids(groups: Tensor, bits: int, power: Tensor | None, settings: Settings, name: str) -> tuple[Tensor, Tensor]:
     """The grid of every group: float32 [..., group] -> scale float16 [...], zero uint8 [...].
 
     `power`, broadcastable to `groups`, weights the squared error of the clip search. The range always holds 0, so that
@@ -100,14 +104,19 @@ def fit_grids(groups: Tensor, bits: int, power: Tensor | None, search: bool, nam
     """
     top = 2**bits - 1
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if settings.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.zeros_like(low, dtype=torch.float16), torch.zeros_like(low)
-    for clip in CLIPS if search else (1.0,):
+    for clip in CLIPS if settings.clip_search else (1.0,):
         # Rounded to float16 first: codes must be right for the scale that is stored.
         scale = ((high - low) * (clip / top)).half()
         if not scale.isfinite().all():
             raise InputError(f"{name}: weights reach {groups.abs().max():.3g}, beyond what a float16 scale can carry")
         zero = (-low * clip / scale).nan_to_num(0, top, 0).round_().clamp_(0, top)
+        if settings.symmetric:
+            zero.fill_(2 ** (bits - 1))
         error = groups - snap(groups, scale, zero, top)
         cost = error.square_() if power is None else error.square_().mul_(power)
         total = cost.sum(-1)

@@ -78,7 +78,7 @@ class Settings:
     rows: int = 16
     columns: int = 128
     widths: tuple[int, ...] = TILE_WIDTHS
-    prefix_tokens: int = 32768  # of calibration, to fit each matrix to what is quantized before it; 0 for none
+    prefix_tokens: int = 16384  # of calibration, to fit each matrix to what is quantized before it; 0 for none
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= LARGEST_SIDE:

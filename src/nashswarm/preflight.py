@@ -1,0 +1,142 @@
+"""What a run will need, estimated from shapes before it starts: memory, disk and time, and which setting to lower.
+
+The formulas count the arrays that are alive together at the worst moment of each step; what they leave out (the
+interpreter, libraries, temporaries) is in BASE. They were held against measured peaks (docs/decisions.md). Times are
+in forward passes over the calibration text, as `make benchmark` measures them; the speed of one is taken from a
+product of matrices on this machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from nashswarm.config import Method, Scoring
+from nashswarm.types import ModelIndex, NashSwarmError, TensorSpec
+
+GIB = 2**30
+BASE = int(0.8 * GIB)
+SCORE_PASSES, ALLOCATE_PASSES, PREFIX_PASSES = 6.0, 3.0, 15.0  # forward passes over the same number of tokens
+ROUNDING_RATE = 1.1e6  # weights a second and thread that the trellis rounds
+SPEED_SIZE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one step takes, and which setting it follows."""
+
+    step: str
+    memory: int  # bytes resident at its peak
+    disk: int  # bytes that it writes, scratch files included
+    seconds: float
+    lower: str  # what to change where it does not fit
+
+    def __str__(self) -> str:
+        memory, disk = self.memory / GIB, self.disk / GIB
+        return f"{self.step}: about {memory:.1f} GiB of memory, {disk:.1f} GiB of disk, {self.seconds / 60:.0f} minutes"
+
+
+def needs(index: ModelIndex, method: Method, scoring: Scoring, seconds: float) -> list[Need]:
+    """Of scoring and packing. Arguments: `seconds` of a forward pass over one token, as `token_seconds` gives it."""
+    return [scoring_need(index, scoring, seconds), packing_need(index, method, scoring.tokens, seconds)]
+
+
+def token_seconds(index: ModelIndex) -> float:
+    """Seconds of a forward pass over one token on this machine, from the speed of a product of matrices."""
+    matrix = torch.randn(SPEED_SIZE, SPEED_SIZE)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    products = sum(t.weights for t in index.tensors if t.kind != "embedding" or t.name == index.head)
+    return 2.0 * products * best / (2 * SPEED_SIZE**3) * 2  # attention and activations take about as long again
+
+
+def check(wanted: Iterable[Need], directory: Path) -> None:
+    """Raise NashSwarmError for the first step that does not fit, and say what to change."""
+    memory, place = psutil.virtual_memory().available, directory
+    while not place.exists():
+        place = place.absolute().parent
+    disk = shutil.disk_usage(place).free
+    for need in wanted:
+        if need.memory > memory:
+            raise NashSwarmError(
+                f"{need.step} needs about {need.memory / GIB:.1f} GiB of memory and {memory / GIB:.1f} are free; "
+                f"lower {need.lower}, or close other programs"
+            )
+        if need.disk > disk:
+            raise NashSwarmError(
+                f"{need.step} writes about {need.disk / GIB:.1f} GiB to {place} and {disk / GIB:.1f} are free; "
+                "make room"
+            )
+
+
+def scoring_need(index: ModelIndex, scoring: Scoring, seconds: float = 0.0) -> Need:
+    """Of the statistics. Arguments as those of `needs`."""
+    width = _width(index)
+    inputs, outputs = ([shape[i] for shape in (t.shape for t in _worst_layer(index))] for i in (1, 0))
+    batch, context = scoring.batch_tokens, min(index.context, 1024)
+    batch = max(batch, context)
+    head = 5 * 4 * batch * index.vocabulary
+    sums = 8 * sum(i * i + o * o for i, o in zip(inputs, outputs, strict=True)) + 12 * max(map(_square, inputs))
+    block = sums + 8 * batch * sum(map(sum, zip(inputs, outputs, strict=True)))
+    hidden = 4 * scoring.tokens * width
+    inside = sum(_square(t.shape[0]) + _square(t.shape[1]) for t in index.tensors if t.layer is not None)
+    statistics = 4 * (inside + sum(2 * _square(t.shape[1]) for t in index.tensors if t.layer is None))
+    return Need(
+        "score",
+        BASE + _resident(index) + 2 * hidden + max(head, block),
+        statistics + (index.layers + 1) * hidden,
+        SCORE_PASSES * scoring.tokens * seconds,
+        "scoring.batch_tokens (then scoring.tokens) in params.yaml, or --tokens",
+    )
+
+
+def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: float = 0.0) -> Need:
+    """Of allocating and packing. Arguments: `tokens` of scoring, by whose passes allocating is timed; see `needs`."""
+    prefix, market = getattr(method.codec_settings, "prefix_tokens", 0), method.allocator == "market"
+    worst = _worst_layer(index)
+    inputs = [t.shape[1] for t in worst]
+    wide = sum(t.shape[0] + t.shape[1] for t in worst) + 5 * _width(index)
+    streams = 4 * prefix * wide + 48 * max(map(_square, inputs), default=0) * bool(prefix)
+    codes = index.parameters if method.codec == "coded" else 0
+    largest = max((t.weights for t in index.tensors), default=0)
+    bits = 8 * 4 if method.codec in ("source", "kept") else 8
+    rounding = index.parameters / ROUNDING_RATE if market else 0.0
+    return Need(
+        "pack",
+        BASE + _resident(index) + streams + codes + 24 * largest,
+        2 * index.parameters * bits // 8,
+        (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix) * seconds + rounding,
+        f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads",
+    )
+
+
+def _resident(index: ModelIndex) -> int:
+    """Bytes of what stands outside of the blocks, and of one block, float32."""
+    outside = sum(t.weights for t in index.tensors if t.layer is None)
+    return 4 * (outside + sum(t.weights for t in _worst_layer(index)))
+
+
+def _worst_layer(index: ModelIndex) -> list[TensorSpec]:
+    layers: dict[int, list[TensorSpec]] = {}
+    for tensor in index.tensors:
+        if tensor.layer is not None:
+            layers.setdefault(tensor.layer, []).append(tensor)
+    return max(layers.values(), key=lambda group: sum(t.weights for t in group), default=[])
+
+
+def _width(index: ModelIndex) -> int:
+    """Of the hidden states."""
+    return next(t.shape[1] for t in index.tensors if t.name == index.head)
+
+
+def _square(value: int) -> int:
+    return value * value

@@ -1,6 +1,6 @@
 """Before `dvc repro`: clear away what a killed run may have left of DVC's own files.
 
-DVC 3.67 writes dvc.lock and .dvc/tmp/rwlock in place, so a kill at the wrong moment leaves half of one, and the next run
+DVC 3.67 writes dvc.lock and .dvc/tmp/rwlock in place: a kill at the wrong moment leaves half of one, and the next run
 refuses to start. dvc.lock is taken back from git (or removed); what it no longer says, DVC finds in its run cache.
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,7 +282,8 @@ def _write_compressed_tensors(packed: PackedModel, target: Path) -> int:
     idle = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in quantized]
     write_json(target / CONFIG, config | {"quantization_config": _scheme(schemes, idle)})
     dense = CompressedTensorsConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=dense)
+    with warnings.catch_warnings(action="ignore"):  # that it takes the rest from config.json
+        loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=dense)
     for name, weight in dequantized(packed):
         if not torch.equal(loaded.get_parameter(name), weight):
             raise NashSwarmError(f"{target}: {name} reads back differently; this export cannot be used")

@@ -151,6 +151,26 @@ def test_a_model_is_packed_to_its_budget(
     assert packed.open_packed(target).provenance.model == checkpoint(family).name
 
 
+@pytest.mark.parametrize("method", ["rtn4-g64", "gptq3-g128", "nash", "market-coded-3_0", "market-tiles-3_25"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_and_a_single_file_are_packed_to_the_same_bytes(
+    family: str, method: str, checkpoint: Checkpoints, text: Path, tmp_path: Path, call: Call
+) -> None:
+    file = tmp_path / "method.yaml"
+    file.write_text(yaml.safe_dump({method: methods()[method]}), encoding="utf-8")
+    made = []
+    for sharded in (False, True):
+        source, target = tmp_path / str(sharded) / "model", tmp_path / str(sharded) / "packed"
+        shutil.copytree(checkpoint(family, sharded=sharded), source)
+        budget = ("--bits", 6) if "market" in method else ()
+        words = ("--tokens", 512, "--method", file, *budget)
+        code, _, err = call("quantize", source, "--text", text, "-o", target, *words)
+        assert code == 0, err
+        made.append({p.name: p.read_bytes() for p in sorted(target.iterdir())})
+    assert len(list((tmp_path / "True/model").glob("*.safetensors"))) > 1
+    assert made[0] == made[1]
+
+
 def test_a_method_of_a_file_and_its_changes(checkpoint: Checkpoints, text: Path, tmp_path: Path, call: Call) -> None:
     file, target = tmp_path / "method.yaml", tmp_path / "packed"
     file.write_text(yaml.safe_dump({"mine": methods()["rtn4-g64"]}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The download stage with hub sources, as `dvc repro` runs it, against a hub on this machine."""
+"""Models and texts of the hub, in the download stage and in the command, against a hub on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hub_server import COMMIT, Fault, HubServer, Repository, tiny_dataset, tiny_model
 
-from nashswarm import artifacts
+from nashswarm import artifacts, packed
 
 PROJECT = Path(__file__).parents[1]
 WORDS = ("the", "hub", "serves", "files", "of", "many", "kinds", "to", "those", "who", "ask", "in", "time")
@@ -82,3 +82,48 @@ def test_wrong_bytes_stop_the_stage_and_leave_nothing(project: Path, server: Hub
     assert WEIGHTS in done.stderr
     assert done.stderr.count("\n") == 1
     assert not artifacts.Layout(project).download("tiny").exists()
+
+
+# --- a name on the command line ------------------------------------------------------------------------------------
+
+
+def command(server: HubServer, tmp_path: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    keep = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    environment = {**keep, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")}
+    environment["PYTHONPATH"] = str(PROJECT / "src")
+    call = [sys.executable, "-c", "from nashswarm.cli import main; main()", *map(str, words)]
+    return subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_packed(server: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(s for s in sentences(0) if s), encoding="utf-8")
+    (tmp_path / "method.yaml").write_text("rtn: {codec: grouped, allocator: uniform, bits: 4, group: 64}")
+    words = ("quantize", "me/tiny", "--text", "text.txt", "--method", "method.yaml", "--tokens", 256)
+    for number in range(2):
+        done = command(server, tmp_path, *words, "--revision", COMMIT, "--cache", "cache", "-o", f"packed-{number}")
+        assert done.returncode == 0, done.stderr
+    assert len(server.gets(WEIGHTS)) == 1
+    first, second = (packed.open_packed(tmp_path / f"packed-{number}") for number in range(2))
+    found = first.provenance
+    assert (found.model, found.source, found.id, found.revision) == ("tiny", "hub", "me/tiny", COMMIT)
+    assert first.size == second.size
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("me/tiny",), "add --revision and its full commit"),
+        (("me/tiny", "--revision", "main"), "revision: 'main' is no full commit"),
+        (("me/none", "--revision", COMMIT), "me/none"),
+        (("./nowhere",), "no such directory, and no name on the hub"),
+    ],
+)
+def test_a_name_that_cannot_be_fetched_is_refused(
+    words: tuple[str, ...], message: str, server: HubServer, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("a text", encoding="utf-8")
+    done = command(server, tmp_path, "quantize", *words, "--text", "text.txt", "--cache", "cache", "-o", "packed")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "packed").exists()

@@ -79,3 +79,17 @@ def test_what_a_loss_model_needs_is_named() -> None:
     silent = Statistics(moment(COLUMNS, 0), np.zeros(ROWS, np.float32))
     with pytest.raises(InputError, match=r"^w: its Fisher information is zero"):
         feedback.loss_model(dataclasses.replace(job(), statistics=silent), "test", 0.01, 1.0, act_order=False)
+
+
+def test_tokens_that_calibration_never_saw_keep_a_share_of_the_weight() -> None:
+    seen = np.array([900.0, 99.0, 1.0, 0.0], np.float32)
+    moment = np.eye(3, dtype=np.float32)
+    head = feedback.curvature(Statistics(second_moment=moment, fisher=seen), "head").rows
+    table = feedback.curvature(Statistics(frequency=seen, lookup_moment=moment), "embedding").rows
+    expected = (1 - feedback.TOKEN_FLOOR) * seen + feedback.TOKEN_FLOOR * seen.mean()
+    for rows in (head, table):
+        assert rows.numpy() == pytest.approx(expected)
+        assert rows.min() > 0
+        assert float(rows.sum()) == pytest.approx(float(seen.sum()))
+    projection = Statistics(second_moment=moment, fisher=seen, gradient_moment=np.diag(seen))
+    assert np.array_equal(feedback.curvature(projection, "projection").rows.numpy(), seen)

@@ -32,6 +32,10 @@ app = typer.Typer(
     help="Compress causal language models after training, with every byte on disk counted.",
 )
 Packed = Annotated[Path, typer.Argument(metavar="DIR", help="a packed directory")]
+Model = Annotated[str, typer.Argument(help="a directory with config.json, safetensors and a tokenizer, or a hub name")]
+Revision = Annotated[str | None, typer.Option(help="the full commit, for a model on the hub (ORGANISATION/NAME)")]
+Cache = Annotated[Path, typer.Option(help="where models from the hub are kept")]
+CACHE = Path("~/.cache/nashswarm")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 console = Console()
 
@@ -51,7 +55,7 @@ def main() -> None:
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="a directory with config.json, safetensors and a tokenizer")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="where the packed directory goes")],
     text: Annotated[Path, typer.Option(help="calibration text, UTF-8, one text per line; not what you measure on")],
     bits: Annotated[float, typer.Option(help="budget: true bits per weight of the whole model, all files counted")] = 3,
@@ -60,6 +64,8 @@ def quantize(
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of a method; may come again")] = None,
     tokens: Annotated[int, typer.Option(help="of calibration, for the statistics")] = 32768,
     name: Annotated[str | None, typer.Option(help="the model's name in the manifest; else its directory's")] = None,
+    revision: Revision = None,
+    cache: Cache = CACHE,
     threads: Annotated[int, typer.Option(help="late digits follow their number, as in compute.threads")] = 2,
     as_json: Json = False,
 ) -> None:
@@ -69,31 +75,35 @@ def quantize(
     """
     import torch
 
-    from nashswarm import direct
+    from nashswarm import direct, downloads
     from nashswarm.config import Scoring
 
     torch.set_num_threads(threads)
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
     scoring = Scoring(tokens=tokens)
-    direct.quantize_directory(model, text, chosen, name or model.resolve().name, scoring, output, progress)
+    source, origin = downloads.resolve_word(model, revision, cache.expanduser())
+    name = name or (origin.id or source.resolve().name).rpartition("/")[2]
+    direct.quantize_directory(source, text, chosen, name, scoring, output, progress, origin)
     inspect(output, as_json=as_json)
 
 
 @app.command()
 def estimate(
-    model: Annotated[Path, typer.Argument(help="a directory with config.json; its weights are not read")],
+    model: Model,
     bits: Annotated[float, typer.Option(help="budget: true bits per weight")] = 3,
     codec: Annotated[str, typer.Option(help="coded or tiles")] = "coded",
     method: Annotated[Path | None, typer.Option(help="a YAML file with one method, as in params.yaml")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of a method; may come again")] = None,
     tokens: Annotated[int, typer.Option(help="of calibration, for the statistics")] = 32768,
+    revision: Revision = None,
+    cache: Cache = CACHE,
     as_json: Json = False,
 ) -> None:
     """Say what `quantize` will need of memory, disk and time. Exit code 2, and what to lower, where it does not fit."""
-    from nashswarm import models, preflight
+    from nashswarm import downloads, models, preflight
     from nashswarm.config import Scoring
 
-    index = models.describe(model)
+    index = models.describe(downloads.resolve_word(model, revision, cache.expanduser())[0])
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
     needs = preflight.needs(index, chosen, Scoring(tokens=tokens), preflight.token_seconds(index))
     if as_json:

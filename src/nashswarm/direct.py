@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nashswarm import artifacts, corpora, models, preflight, quantize, statistics
-from nashswarm.config import Method, Scoring
+from nashswarm.config import Method, ModelSource, Scoring
 from nashswarm.loading import load
 from nashswarm.types import Progress
 
@@ -18,12 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_directory(
-    source: Path, text: Path, method: Method, name: str, scoring: Scoring, output: Path, progress: Progress
+    source: Path,
+    text: Path,
+    method: Method,
+    name: str,
+    scoring: Scoring,
+    output: Path,
+    progress: Progress,
+    origin: ModelSource | None = None,
 ) -> None:
     """Pack the model in `source`, calibrated on `text`.
 
-    Gives the bytes that the pipeline gives for a model of source `path` under that name, a corpus with that calibration
-    text, the same method and scoring. Raises NashSwarmError, and then leaves what was at `output`.
+    Gives the bytes that the pipeline gives for a model of source `origin` (else `path`) under that name, a corpus with
+    that calibration text, the same method and scoring. Raises NashSwarmError, and then leaves what was at `output`.
     """
     models.checkpoint_files(source)  # no pickles, no remote code: before transformers sees the directory
     index = models.describe(source)
@@ -32,7 +39,8 @@ def quantize_directory(
     preflight.check(needs, output)
     logger.info("%s", "; ".join(map(str, needs)))
     ids = corpora.tokenize(corpora.read_text_file(text), models.load_tokenizer(source)).ids
-    record = artifacts.SourceRecord("path", str(source), None, None, {})
+    origin = origin or ModelSource("path", path=str(source))
+    record = artifacts.SourceRecord(origin.source, str(source), origin.id, origin.revision, {})
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:
         scores = Path(scratch)
         files = {name: artifacts.sha256_file(source / name) for name in models.checkpoint_files(source)}

@@ -1,12 +1,14 @@
-"""From a source in params.yaml to a local directory: embedded, given by path, or fetched from the hub."""
+"""From a source in params.yaml, or a word on a command line, to a local directory: there already, or from the hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from nashswarm.artifacts import COMPANIONS, Layout, link_files
 from nashswarm.config import CorpusSource, ModelSource
+from nashswarm.types import InputError
 
 MODEL_PATTERNS = ("*.safetensors", "model.safetensors.index.json", *COMPANIONS)
 
@@ -25,6 +27,26 @@ def resolve_model(name: str, source: ModelSource, layout: Layout, target: Path) 
         return layout.root / source.path, Path(source.path)
     link_files(_fetch(source, "model", MODEL_PATTERNS, layout.staging), target / "snapshot")
     return target / "snapshot", layout.download(name).relative_to(layout.root) / "snapshot"
+
+
+def resolve_word(model: str, revision: str | None, cache: Path) -> tuple[Path, ModelSource]:
+    """A model named in one word: a directory, or else a repository of the hub, fetched into `cache` and verified.
+
+    Raises InputError where it is neither, or where a repository comes without a commit; hub.HubError as above.
+    """
+    if Path(model).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision}: {model} is a directory here, and has none")
+        return Path(model), ModelSource("path", path=model)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or Path(model).parent.is_dir():
+        raise InputError(f"{model}: no such directory, and no name on the hub (ORGANISATION/NAME)")
+    if revision is None:
+        raise InputError(f"{model}: no such directory; if it is a name on the hub, add --revision and its full commit")
+    try:
+        source = ModelSource("hub", id=model, revision=revision)
+    except ValueError as error:
+        raise InputError(f"{model}: {error}") from error
+    return _fetch(source, "model", MODEL_PATTERNS, cache), source
 
 
 def resolve_corpus(source: CorpusSource, layout: Layout) -> Path:

@@ -22,6 +22,10 @@ from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
 BLOCK = 128  # columns between two matrix products; the original's value
+# Share of a row's weight that all tokens have alike. Without it, tokens that calibration hardly saw lose nearly all
+# their bits: KL of the reference model at 3.0 bits on its own text and on WikiText-2 is 0.033 and 0.156, with it 0.033
+# and 0.065. From 0.03 on its own text pays: at 2.5 bits 0.0749 in place of 0.0727.
+TOKEN_FLOOR = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +63,26 @@ def curvature(statistics: Statistics, name: str) -> Curvature:
     A tied matrix is projected with and looked up: 1/2 sum_r fisher_r E_r H E_r^T + 1/2 sum_r frequency_r E_r L E_r^T.
     Head and text agree on which tokens are frequent, so frequency_r is nearly proportional to fisher_r; with the mean
     ratio in its place both uses share the rows' weights, and their moments add up.
+
+    Rows that stand for tokens are weighted by how the calibration text uses them, and a little (TOKEN_FLOOR) all alike:
+    other texts have other rare tokens.
     """
     lookup, frequency = statistics.lookup_moment, statistics.frequency
     if statistics.second_moment is None or statistics.fisher is None:
         if lookup is None or frequency is None:
             raise InputError(f"{name}: no statistics; run the score stage, or use a codec that needs none")
-        return Curvature(_double(lookup), _double(frequency))
+        return Curvature(_double(lookup), _floored(_double(frequency)))
     inputs, rows = _double(statistics.second_moment), _double(statistics.fisher)
     if lookup is not None and frequency is not None:
         ratio = float(frequency.sum(dtype="float64")) / max(float(rows.sum()), 1e-300)
         inputs = inputs + ratio * _double(lookup)
-    gradient = statistics.gradient_moment
-    return Curvature(inputs, rows, None if gradient is None else _double(gradient))
+    if statistics.gradient_moment is None:
+        return Curvature(inputs, _floored(rows))
+    return Curvature(inputs, rows, _double(statistics.gradient_moment))
+
+
+def _floored(rows: Tensor) -> Tensor:
+    return torch.lerp(rows, rows.mean(), TOKEN_FLOOR)
 
 
 def _double(values: np.ndarray) -> Tensor:

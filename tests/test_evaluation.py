@@ -119,7 +119,7 @@ def test_paper_losses_by_hand() -> None:
     assert model.masks == [[1, 1, 0, 0], [1, 1, 1, 1]]
     figures = paper_figures(
         losses_of([1], [1], [1], paper_losses=found, original_paper_losses=np.array([1.0, 1.0])),
-        PaperProtocol(texts=(2,)),
+        paper(texts=(2,)),
     )
     mean = (padded + cut) / 2
     assert figures["loss"] == pytest.approx(mean, rel=1e-5)
@@ -152,13 +152,40 @@ def test_paper_losses_are_transformers_own(family: str, quantizable: Models, spl
     assert paper_losses(model, texts, SETTINGS.paper) == pytest.approx(expected, abs=6e-6)
 
 
+def paper(**settings: Any) -> Evaluation:
+    return dataclasses.replace(SETTINGS, paper=PaperProtocol(**settings))
+
+
 def test_counts_beyond_the_texts_are_left_out() -> None:
     losses = losses_of([1], [1], [1], paper_losses=np.array([1.0, 2, 3]), original_paper_losses=np.array([1.0, 1, 1]))
-    figures = paper_figures(losses, PaperProtocol(texts=(2, 3, 4)))
+    figures = paper_figures(losses, paper(texts=(2, 3, 4)))
     assert (figures["texts"], figures["loss"], figures["delta_loss_percent"]) == (2, 1.5, 50.0)
     assert {n: row["loss"] for n, row in figures["by_count"].items()} == {"2": 1.5, "3": 2.0}
-    few = paper_figures(losses, PaperProtocol(texts=(20,)))
+    few = paper_figures(losses, paper(texts=(20,)))
     assert (few["texts"], few["loss"], few["by_count"]) == (3, 2.0, {})
+    every = paper_figures(losses, paper(texts=(2,), all_texts=True))
+    assert {n: row["loss"] for n, row in every["by_count"].items()} == {"2": 1.5, "3": 2.0}
+
+
+def test_a_rise_over_few_texts_has_an_interval() -> None:
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.01, 0.5, 200)
+    losses = losses_of([1], [1], [1], paper_losses=5 + differences, original_paper_losses=np.full(200, 5.0))
+    rows = paper_figures(losses, paper(texts=(20, 200)))["by_count"]
+    for count, row in rows.items():
+        low, high = row["delta_loss_percent_ci95"]
+        n = int(count)
+        assert low < row["delta_loss_percent"] < high
+        assert high - low == pytest.approx(100 / 5 * 2 * 1.96 * differences[:n].std() / n**0.5, rel=0.15)
+        assert not row["resolved"]
+
+
+def test_all_texts_are_measured_if_asked(split: Splits) -> None:
+    texts = split("gpt2")
+    longer = int((texts.text_lengths > 20).sum())
+    assert longer > 5
+    assert len(paper_texts(texts, PaperProtocol(texts=(5,), length=8), 0)[0]) == 5
+    assert len(paper_texts(texts, PaperProtocol(texts=(5,), length=8, all_texts=True), 0)[0]) == longer
 
 
 # --- against float64 -----------------------------------------------------------------------------------------------
@@ -244,7 +271,7 @@ def test_a_model_does_not_differ_from_itself(case: Case) -> None:
     assert (figures["delta_loss"], figures["delta_loss_ci95"], figures["delta_loss_percent"]) == (0, [0, 0], 0)
     assert (figures["kl_mean"], figures["kl_p99"], figures["top1_agreement"]) == (0, 0, 1)
     assert figures["resolved"]
-    assert paper_figures(losses, SETTINGS.paper)["delta_loss_percent"] == 0
+    assert paper_figures(losses, SETTINGS)["delta_loss_percent"] == 0
 
 
 @pytest.mark.parametrize("rest", [0, 1, 2, 31])
@@ -322,6 +349,7 @@ def test_quality_figures_by_hand() -> None:
     assert figures["delta_loss"] == 0.3
     assert figures["delta_loss_percent"] == pytest.approx(100 * 0.3 / 2.7, rel=1e-5)
     assert figures["kl_mean"] == 0.45
+    assert (figures["kl_median"], figures["kl_max"]) == (pytest.approx(0.45), pytest.approx(0.9))
     assert figures["kl_p99"] == pytest.approx(0.891, rel=1e-5)
     assert figures["top1_agreement"] == 0.75
 

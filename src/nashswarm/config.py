@@ -85,6 +85,7 @@ class PaperProtocol:
     """The paper's evaluation: single padded texts."""
 
     texts: tuple[int, ...] = (20, 30, 50, 100)  # sample counts N; the first is the headline
+    all_texts: bool = False  # all texts of the split as one more count
     length: int = 64  # tokens; longer texts are cut, shorter ones padded with EOS
     longer_than: int = 20  # characters of a text after strip(), exclusive
 

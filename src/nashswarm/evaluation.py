@@ -10,6 +10,7 @@ than logits, from which the head makes the logits again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from nashswarm.config import Evaluation, PaperProtocol
-from nashswarm.intervals import Blocks, Interval, blocks, draw, rounded
+from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
 from nashswarm.models import Checkpoint
 from nashswarm.types import InputError, ModelIndex, Progress, TokenizedSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+KL_QUANTILES = {"median": 0.5, "p99": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,12 @@ def windows(ids: np.ndarray, context: int) -> list[np.ndarray]:
 def paper_texts(split: TokenizedSplit, protocol: PaperProtocol, pad: int) -> tuple[np.ndarray, np.ndarray]:
     """The paper's inputs: ids and attention mask, int64 [texts, length].
 
-    The first max(protocol.texts) texts longer than `longer_than` characters, cut to `length` tokens or padded with
-    `pad` (EOS) on the right. All positions are labels, pads included; the mask keeps pads from being attended to, as
-    the tokenizer's own padding does.
+    The first max(protocol.texts) texts longer than `longer_than` characters, or with `all_texts` every one, cut to
+    `length` tokens or padded with `pad` (EOS) on the right. All positions are labels, pads included; the mask keeps
+    pads from being attended to, as the tokenizer's own padding does.
     """
-    chosen = np.flatnonzero(split.text_lengths > protocol.longer_than)[: max(protocol.texts)]
+    most = None if protocol.all_texts else max(protocol.texts)
+    chosen = np.flatnonzero(split.text_lengths > protocol.longer_than)[:most]
     if not chosen.size:
         raise InputError(f"no text is longer than {protocol.longer_than} characters; the paper's protocol needs one")
     ids = np.full((chosen.size, protocol.length), pad, np.int64)
@@ -191,37 +196,51 @@ def paired_interval(losses: Losses, settings: Evaluation) -> Interval:
 
 
 def quality_figures(losses: Losses, settings: Evaluation) -> dict[str, Any]:
-    """The `quality.<corpus>` block of the metrics; `window_blocks` gives intervals between any two methods."""
+    """The `quality.<corpus>` block of the metrics; `window_blocks` gives intervals between any two methods.
+
+    `tokens_to_resolve`: how many targets it takes to tell this rise from none, judged by its spread over blocks.
+    """
     tokens = int(losses.window_targets.sum())
     loss, original = losses.window_losses.sum() / tokens, losses.original_window_losses.sum() / tokens
+    kl = losses.kl.astype(np.float64)
     interval, summed = paired_interval(losses, settings), window_blocks(losses, settings)
+    reckoned, needed = student(summed), tokens_needed(summed, interval.difference)
     return {
         "loss": rounded(loss),
         "perplexity": rounded(np.exp(loss)),
         "tokens": tokens,
         "delta_loss": rounded(interval.difference),
         "delta_loss_ci95": [rounded(interval.low), rounded(interval.high)],
+        "delta_loss_t95": [rounded(reckoned.low), rounded(reckoned.high)],
         "delta_loss_percent": rounded(100 * interval.difference / original),
         "resolved": interval.resolved,
+        "tokens_to_resolve": math.ceil(needed) if math.isfinite(needed) else None,
         "kl_mean": rounded(losses.kl.mean(dtype=np.float64)),
-        "kl_p99": rounded(np.quantile(losses.kl.astype(np.float64), 0.99)),
+        **{f"kl_{name}": rounded(np.quantile(kl, q)) for name, q in KL_QUANTILES.items()},
         "top1_agreement": rounded(losses.agreement),
         "window_blocks": {"rises": list(map(rounded, summed.rises)), "targets": summed.targets.tolist()},
     }
 
 
-def paper_figures(losses: Losses, protocol: PaperProtocol) -> dict[str, Any]:
+def paper_figures(losses: Losses, settings: Evaluation) -> dict[str, Any]:
     """The `paper.<corpus>` block of the metrics: the first sample count, and all of them under `by_count`."""
-    by_count = {str(n): _paper_row(losses, n) for n in protocol.texts if n <= losses.paper_losses.size}
-    first = min(protocol.texts[0], losses.paper_losses.size)
-    return {**_paper_row(losses, first), "by_count": by_count}
+    protocol, texts = settings.paper, losses.paper_losses.size
+    counts = [n for n in protocol.texts if n <= texts] + [texts] * protocol.all_texts
+    by_count = {str(n): _paper_row(losses, n, settings) for n in counts}
+    first = min(protocol.texts[0], texts)
+    return {**_paper_row(losses, first, settings), "by_count": by_count}
 
 
-def _paper_row(losses: Losses, count: int) -> dict[str, Any]:
+def _paper_row(losses: Losses, count: int, settings: Evaluation) -> dict[str, Any]:
+    """Its interval is over texts, paired, of the mean difference alone: the original's loss stands for itself."""
     loss, original = losses.paper_losses[:count].mean(), losses.original_paper_losses[:count].mean()
+    differences = losses.paper_losses[:count] - losses.original_paper_losses[:count]
+    interval = bootstrap(differences, np.ones(count, np.int64), 1, settings.resamples, settings.seed)
     return {
         "loss": rounded(loss),
         "perplexity": rounded(np.exp(loss)),
         "delta_loss_percent": rounded(100 * (loss - original) / original),
+        "delta_loss_percent_ci95": [rounded(100 * bound / original) for bound in (interval.low, interval.high)],
+        "resolved": interval.resolved,
         "texts": count,
     }

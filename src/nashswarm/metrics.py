@@ -30,7 +30,7 @@ def document(
     return {
         "size": size_figures(packed, index),
         "quality": {corpus: quality_figures(found, settings) for corpus, found in losses.items()},
-        "paper": {corpus: paper_figures(found, settings.paper) for corpus, found in losses.items()},
+        "paper": {corpus: paper_figures(found, settings) for corpus, found in losses.items()},
         "allocation": allocation,
     }
 

@@ -5,6 +5,7 @@
     packed.safetensors   `<tensor>.<part>` for each packed array (codes, scales, zeros, map, tables), `shared.<part>`
                          for those that all tensors have in common, and `vectors`
     config.json, ...     what transformers needs beside weights
+    README.md            a model card for people
 
 This module knows arrays and hashes, not algorithms: `loading` has the codecs decode.
 """
@@ -28,11 +29,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from nashswarm.artifacts import COMPANIONS, PICKLES, fresh_directory, sha256_file, write_bytes, write_json
+from nashswarm.card import card
 from nashswarm.payload import Payload
 from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 
 FORMAT = 1
 MANIFEST, PAYLOAD, CONFIG = "manifest.json", "packed.safetensors", "config.json"
+CARD = "README.md"
 QUANT_METHOD = "nashswarm"  # in config.json: to transformers, a name that it knows only with our plug-in
 FP32_BYTES = 4
 SEAL = b',"seal":"%s"}'
@@ -111,7 +114,21 @@ def write_packed(
             "vectors": specs,  # a list: their order is that of the payload
             "files": files,
         }
-        write_bytes(target / MANIFEST, _sealed(manifest))
+        _write_manifest(target, manifest)
+
+
+def _write_manifest(target: Path, manifest: dict[str, Any]) -> None:
+    """The manifest, and the model card, which it lists and which tells its size: so they are made until they agree."""
+    text, stated = b"", -1
+    payload = manifest["files"][PAYLOAD][0]
+    for _ in range(8):  # the second round settles it, unless a size gains a digit
+        manifest["files"][CARD] = (len(text), hashlib.sha256(text).hexdigest())
+        sealed = _sealed(manifest)
+        if (total := payload + len(sealed)) == stated:
+            break
+        stated, text = total, card(manifest["provenance"], total).encode()
+    write_bytes(target / CARD, text)
+    write_bytes(target / MANIFEST, sealed)
 
 
 def _copy_companions(source: Path, target: Path) -> dict[str, tuple[int, str]]:

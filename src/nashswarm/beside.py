@@ -95,8 +95,8 @@ def section(found: Mapping[str, Shown], corpora: Sequence[str], resamples: int, 
         "measured as ours are, and every byte counted that their own formats store; configuration, vocabulary and "
         "tokenizer aside, as with ours. Matrices that a tool leaves alone are stored in groups of 64 by 4 bits, "
         "vectors as float16, as our own baselines have them. The figures are tracked measurements: this run need not "
-        "have made them anew. Beside each peer stands the one of ours whose loss rises least among the files that are no "
-        "larger."
+        "have made them anew. Beside each peer stands the one of ours whose loss rises least among the files that are "
+        "no larger."
     )
     return [Heading("Beside other tools"), Text(words), *blocks]
 

@@ -54,10 +54,10 @@ def run(
     settings = {k: v for k, v in peer_document(peer).items() if k != "tool"}
     try:
         made = _elsewhere(peer, job, interpreter(root))
+        weights, parts, left = complete(job, made, statistics)
     except PeerError as error:
         reason = str(error).replace(f"{root.resolve()}{os.sep}", "")
         return PeerRecord(peer.tool, settings, reason=reason), {}
-    weights, parts, left = complete(job, made, statistics)
     notes = made.notes
     if left:
         stored = f"stored in groups of {TABLE_GROUP} by {TABLE_BITS} bits"

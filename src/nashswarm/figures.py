@@ -24,7 +24,7 @@ TOOLS: Mapping[str, tuple[str, str, str]] = {  # the same of other people's tool
     "quanto": ("optimum-quanto", "#8a8f98", "P"),
     "auto_round": ("AutoRound", "#b5482f", "X"),
     "gptqmodel": ("GPTQModel", "#5b4b9a", "D"),
-    "llama_cpp": ("llama.cpp, imatrix", "#3f8fd2", "^"),
+    "llama_cpp": ("llama.cpp, imatrix", "#c86fa0", "v"),
 }
 OTHER_TOOL = ("", "#3d3d3d", "v")
 PARTS: Mapping[str, str] = {

@@ -13,12 +13,15 @@ WIDTHS = (2, 3, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`group` weights of a row share a grid; `act_order` rounds inputs in falling order of their power."""
+    """`group` weights of a row share a grid; `act_order` rounds inputs in falling order of their power.
+
+    Asymmetric grids, though symmetric ones are its default: docs/decisions.md has both.
+    """
 
     bits: int
     group: int = 128
     act_order: bool = True
-    symmetric: bool = True
+    symmetric: bool = False
     damping: float = 0.01  # of the mean diagonal of the inputs' second moment
 
     def __post_init__(self) -> None:

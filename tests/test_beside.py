@@ -137,7 +137,7 @@ def test_without_peers_nothing_is_said(tmp_path: Path) -> None:
 
 def test_the_console_has_peers_and_reasons() -> None:
     table = report.peers_table(run(first=peer(3.5, 0.2), second=not_run("no luck")))
-    assert "first       3.500       +5.00 %" in table
+    assert ["first", "3.500", "+5.00"] in [line.split()[:3] for line in table.splitlines()]
     assert "market-coded-3_0" in table
     assert table.endswith("reference, not run: second: no luck")
 

@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper test test-scale storm fuzz benchmark lint compare clean
+.PHONY: help install reproduce paper peers test test-scale storm fuzz benchmark lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ reproduce: $(READY)  ## run the pipeline on the embedded model, print the table
 
 paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub, in a throw-away workspace
 	tools/paper.sh
+
+peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, beside ours; about two hours on 2 cores
+	PYTHON=$(PYTHON) tools/peers.sh
 
 test: $(READY)  ## the offline test suite, with lint and types
 	ruff check . && ruff format --check . && mypy

@@ -1,4 +1,4 @@
-"""Turn the metrics of the active models and methods into the report."""
+"""Turn the metrics of the active models and methods into the report, with what is tracked of other tools."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ from nashswarm.config import Params
 
 def main(params: Params) -> None:
     """Write report/."""
-    metrics = {
-        (model, method): artifacts.read_json(LAYOUT.metrics(model, method))
-        for model in params.active.models
-        for method in params.active.methods
-    }
-    found = report.Run(
-        metrics,
-        params.active.models,
-        params.active.methods,
-        params.active.corpora,
-        params.evaluation.resamples,
-        params.evaluation.seed,
-    )
+    tracked, draws = (params.report.peers, params.report.methods), (params.evaluation.resamples, params.evaluation.seed)
+    found = report.gather(LAYOUT, params.active, *tracked, *draws)
     with artifacts.fresh_directory(LAYOUT.report) as target:
         report.write(target, found, params.report.dpi)
 

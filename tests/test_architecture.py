@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-ROOMS = ("importance", "allocators", "codecs")
+ROOMS = ("importance", "allocators", "codecs", "peers")
 # What lies below the rooms, and what each of these may import of the project. All else in src is the library above.
 FOUNDATION: dict[str, set[str]] = {
     "types": set(),
@@ -27,13 +27,27 @@ FOUNDATION: dict[str, set[str]] = {
     "trellis": {"jit", "rans"},
     "entropy": {"rans", "trellis"},
     "feedback": {"jit", "types"},
+    "tooling": {"bitpack", "types"},
 }
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
-TORCH = {"blocks", "evaluation", "feedback", "loading", "models", "preflight", "propagation", "resident", "statistics"}
+TORCH = {
+    "blocks",
+    "evaluation",
+    "feedback",
+    "loading",
+    "models",
+    "peering",
+    "preflight",
+    "propagation",
+    "resident",
+    "statistics",
+    "tooling",
+}
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports"}  # hub: its staging; direct, exports: models
+# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs
+WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports", "peers.llama_cpp"}
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 

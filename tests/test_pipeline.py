@@ -34,7 +34,7 @@ from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Params, Scoring, load_params, room_names
 from nashswarm.recipes import method_files
 
-ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs"))
+ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs", "peers"))
 RECIPE = "data/methods/${item.method}.json"
 # Threads change speed and late digits: a run on another machine must not make every result stale (config.Compute).
 EXEMPT_PARAMS = ("compute",)
@@ -211,7 +211,7 @@ def artifact_problems(tree: Path) -> Iterator[str]:
         read = {r for r in paths.read if not r.startswith(EXEMPT_PATHS)}
         read -= {r for r in read for out in stage.outs if covers(out, r, "/")}
         if runs_rooms(tree, stage):
-            read.add(RECIPE)
+            read.add(RECIPE.replace("item.method", "item.peer") if "peer" in stage.words else RECIPE)
         for path in sorted(read):
             if not any(covers(dep, path, "/") for dep in stage.inputs):
                 yield f"{stage.name}: deps lack {path}"
@@ -409,7 +409,7 @@ PLANTED = [
         "stages/report.py",
         "params.report.dpi",
         "params.corpora_needed",
-        "report: params need not hold report",
+        "report: params hold more of report",
     ),
     (artifact_problems, "dvc.yaml", "      - data/downloads/${item.model}/source.json\n", "", "/source.json"),
     (
@@ -491,7 +491,7 @@ print(json.dumps(found))
 def test_closure_holds_all_that_python_loads() -> None:
     rooms = {
         f"nashswarm.{r}.{n}": f"src/nashswarm/{r}/{n}.py"
-        for r in ("importance", "allocators", "codecs")
+        for r in ("importance", "allocators", "codecs", "peers")
         for n in room_names(r)
     }
     scripts = {Path(stage.script).stem: stage.script for stage in stages(PROJECT) if stage.name != "report"}

@@ -5,25 +5,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from nashswarm import artifacts, report
 from nashswarm.config import load_params
 
 PROJECT = Path(__file__).parents[1]
 
 
-def committed_table() -> str:
+def committed_tables() -> dict[str, str]:
     layout = artifacts.Layout(PROJECT)
-    active = load_params(layout.params).active
-    pairs = [(model, method) for model in active.models for method in active.methods]
-    metrics = {pair: artifacts.read_json(layout.metrics(*pair)) for pair in pairs}
-    return report.console_table(metrics, active.models, active.methods, active.corpora)
+    params = load_params(layout.params)
+    active, shown, settings = params.active, params.report, params.evaluation
+    run = report.gather(layout, active, shown.peers, shown.methods, settings.resamples, settings.seed)
+    table = report.console_table(run.metrics, active.models, active.methods, active.corpora)
+    return {"table": table, "peers": report.peers_table(run)}
 
 
-def readme_table() -> str:
-    found = re.search(r"<!-- table:.*?-->\n```text\n(.*?)\n```", (PROJECT / "README.md").read_text(), re.DOTALL)
-    assert found, "README.md has lost its result table"
+def readme_table(name: str) -> str:
+    found = re.search(rf"<!-- {name}:.*?-->\n```text\n(.*?)\n```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    assert found, f"README.md has lost its table '{name}'"
     return found[1]
 
 
-def test_the_table_is_that_of_the_metrics() -> None:
-    assert readme_table().strip() == committed_table().strip()
+@pytest.mark.parametrize("name", ["table", "peers"])
+def test_the_table_is_that_of_the_metrics(name: str) -> None:
+    assert readme_table(name).strip() == committed_tables()[name].strip()

@@ -1,4 +1,4 @@
-"""Print the result table of the active models and methods, and where the report lies."""
+"""Print the result table of the active models and methods, that of other tools, and where the report lies."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from nashswarm.config import load_params
 from nashswarm.types import NashSwarmError
 
 
+def tables(layout: artifacts.Layout) -> tuple[str, str]:
+    """The table of the active methods, and that of other tools (empty where none is shown)."""
+    params = load_params(layout.params)
+    active, shown, settings = params.active, params.report, params.evaluation
+    run = report.gather(layout, active, shown.peers, shown.methods, settings.resamples, settings.seed)
+    table = report.console_table(run.metrics, active.models, active.methods, active.corpora)
+    return table, report.peers_table(run)
+
+
 def main() -> None:
     """Read params.yaml and metrics/, print."""
     layout = artifacts.Layout()
-    active = load_params(layout.params).active
-    pairs = [(model, method) for model in active.models for method in active.methods]
-    metrics = {pair: artifacts.read_json(layout.metrics(*pair)) for pair in pairs}
-    print(report.console_table(metrics, active.models, active.methods, active.corpora))
+    print("\n\n".join(filter(None, tables(layout))))
     print(f"\nThe report: {layout.report / 'report.html'} (also report.md, tables.tex)")
 
 

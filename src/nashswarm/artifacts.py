@@ -96,6 +96,10 @@ class Layout:
         """Directory of one packed model."""
         return self.root / "data/packed" / model / method
 
+    def peer(self, model: str, peer: str) -> Path:
+        """What another tool made of a model: weights, and the bytes that it stores for them."""
+        return self.root / "data/peers" / model / peer
+
     def windows(self, model: str, method: str) -> Path:
         """Losses per window of one packed model."""
         return self.root / "data/evaluations" / model / method
@@ -156,6 +160,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
+
+
+def read_tracked(path: Path) -> Any:
+    """As `read_json`, of a file that need not be there; None where it is not."""
+    return read_json(path) if path.is_file() else None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -404,6 +413,50 @@ def write_record(path: Path, record: Any) -> None:
 def read_record(path: Path, cls: type[T]) -> T:
     """Inverse of `write_record`."""
     return cls(**_load(path))
+
+
+# --- peers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """What came of another tool: the bytes stored by part, or the reason for which it was not run."""
+
+    tool: str
+    settings: Mapping[str, Any]
+    version: str | None = None
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+    parts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def write_peer(directory: Path, record: PeerRecord, weights: Mapping[str, np.ndarray]) -> None:
+    """peer.json and weights.safetensors: float32, matrices in canonical orientation, the dequantized parameters."""
+    write_arrays(directory / "weights.safetensors", weights)
+    write_json(directory / "peer.json", dataclasses.asdict(record))
+
+
+def read_peer(directory: Path) -> PeerRecord:
+    """Inverse of `write_peer`, the record."""
+    raw = read_json(directory / "peer.json")
+    return PeerRecord(**{**raw, "notes": tuple(raw["notes"])})
+
+
+def read_peer_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Inverse of `write_peer`, the weights; empty for a peer that was not run."""
+    return _load(directory / "weights.safetensors")
+
+
+def write_request(directory: Path, request: Mapping[str, Any], index: ModelIndex, ids: np.ndarray) -> None:
+    """request.json, index.json and ids.safetensors: a task for another process."""
+    write_json(directory / "request.json", request)
+    write_json(directory / "index.json", dataclasses.asdict(index))
+    write_arrays(directory / "ids.safetensors", {"ids": ids})
+
+
+def read_request(directory: Path) -> tuple[dict[str, Any], ModelIndex, np.ndarray]:
+    """Inverse of `write_request`."""
+    return read_json(directory / "request.json"), read_index(directory), _load(directory / "ids.safetensors")["ids"]
 
 
 # --- allocations ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,43 @@ def matches(documents: Documents, corpus: str, resamples: int, seed: int) -> lis
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """Another tool's model beside ours: the best of ours whose file is no larger; None where none is that small."""
+
+    peer: str
+    bits: float  # of the peer
+    ours: str | None = None
+    interval: Interval | None = None  # of our rise minus the peer's
+
+    @property
+    def verdict(self) -> str:
+        """Whether our loss rises less, more, or the run cannot tell."""
+        if self.ours is None:
+            return "none is that small"
+        if self.interval is None or not self.interval.resolved:
+            return "not resolved"
+        return "below" if self.interval.difference < 0 else "above" if self.interval.difference > 0 else "equal"
+
+
+def rivals(ours: Documents, peers: Documents, corpus: str, resamples: int, seed: int) -> list[Rival]:
+    """Every peer, by falling true size, beside the one of ours with the least rise among the files that are no larger.
+
+    Arguments as those of `matches`; `ours` and `peers` must have been measured on the same original and tokens.
+    """
+    found = []
+    for name, document in sorted(peers.items(), key=lambda item: (-_bytes(item[1]), item[0])):
+        fitting = [m for m in ours if _bytes(ours[m]) <= _bytes(document)]
+        bits = float(document["size"]["bits_per_weight"])
+        if not fitting:
+            found.append(Rival(name, bits))
+            continue
+        best = min(fitting, key=lambda m: (_rise(ours[m], corpus), _bytes(ours[m]), m))
+        pair = ours[best]["quality"][corpus], document["quality"][corpus]
+        found.append(Rival(name, bits, best, between(*pair, resamples, seed)))
+    return found
+
+
 def _match(
     documents: Documents, corpus: str, baseline: str, codec: str, market: str, resamples: int, seed: int
 ) -> Match:

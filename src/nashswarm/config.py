@@ -116,12 +116,16 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How the report looks."""
+    """How the report looks, and what it shows that this run need not have made: tracked metrics by name."""
 
     dpi: int = 120
+    peers: tuple[str, ...] = ()  # measured once, shown wherever the original and the texts are the same
+    methods: tuple[str, ...] = ()  # of ours, shown beside the peers alone
 
     def __post_init__(self) -> None:
         _at_least("dpi", self.dpi, 30)
+        for key in ("peers", "methods"):
+            _unique(key, getattr(self, key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +146,14 @@ class Active:
     calibration: str
     corpora: tuple[str, ...]
     methods: tuple[str, ...]
+    peers: tuple[str, ...] = ()  # other tools; none unless named: they need an environment of their own
 
     def __post_init__(self) -> None:
         for key in ("models", "corpora", "methods"):
-            names = getattr(self, key)
-            if not names:
+            if not getattr(self, key):
                 raise ValueError(f"{key}: the list is empty; name at least one")
-            if len(set(names)) != len(names):
-                raise ValueError(f"{key}: a name stands twice in {list(names)}")
+        for key in ("models", "corpora", "methods", "peers"):
+            _unique(key, getattr(self, key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,15 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """Another tool to be held against, and its settings."""
+
+    name: str
+    tool: str
+    settings: Any = None
+
+
+@dataclass(frozen=True, slots=True)
 class Params:
     """All of params.yaml."""
 
@@ -174,6 +187,7 @@ class Params:
     models: Mapping[str, ModelSource]
     corpora: Mapping[str, CorpusSource]
     methods: Mapping[str, Method]
+    peers: Mapping[str, Peer]
     scoring: Scoring
     evaluation: Evaluation
     report: Report
@@ -207,16 +221,30 @@ def parse_params(raw: object) -> Params:
         models={n: build(ModelSource, v, f"models.{n}") for n, v in _named(blocks["models"], "models")},
         corpora={n: build(CorpusSource, v, f"corpora.{n}") for n, v in _named(blocks["corpora"], "corpora")},
         methods={n: parse_method(n, v) for n, v in _named(blocks["methods"], "methods")},
+        peers={n: parse_peer(n, v) for n, v in _named(blocks.get("peers", {}), "peers")},
         scoring=build(Scoring, blocks.get("scoring", {}), "scoring"),
         evaluation=build(Evaluation, blocks.get("evaluation", {}), "evaluation"),
         report=build(Report, blocks.get("report", {}), "report"),
         compute=build(Compute, blocks.get("compute", {}), "compute"),
     )
-    for key, defined in (("models", params.models), ("corpora", params.corpora), ("methods", params.methods)):
-        for name in getattr(params.active, key):
-            _check_defined(name, defined, f"active.{key}", key)
-    _check_defined(params.active.calibration, params.corpora, "active.calibration", "corpora")
+    _check_names(params)
     return params
+
+
+def _check_names(params: Params) -> None:
+    """What is active or shown is defined, and no peer has a method's name: their metrics lie side by side."""
+    for key in ("models", "corpora", "methods", "peers"):
+        for name in getattr(params.active, key):
+            _check_defined(name, getattr(params, key), f"active.{key}", key)
+    for key in ("methods", "peers"):
+        for name in getattr(params.report, key):
+            _check_defined(name, getattr(params, key), f"report.{key}", key)
+    _check_defined(params.active.calibration, params.corpora, "active.calibration", "corpora")
+    for name in params.peers:
+        if name in params.methods:
+            raise ConfigError(
+                f"peers.{name}: a method has this name, too; their metrics would be one file, so rename it"
+            )
 
 
 def parse_method(name: str, raw: object) -> Method:
@@ -250,6 +278,17 @@ def parse_method(name: str, raw: object) -> Method:
             offered = ", ".join(map(str, codec.WIDTHS)) or "no widths of its own to choose"
             raise ConfigError(f"{where}.bits: {bits} bits, but codec '{method.codec}' offers {offered}")
     return method
+
+
+def parse_peer(name: str, raw: object) -> Peer:
+    """One entry of `peers`: its tool, and the settings that the tool's file declares."""
+    where = f"peers.{name}"
+    block = dict(_mapping(raw, where))
+    if "tool" not in block:
+        raise ConfigError(f"{where}.tool: missing; one of {', '.join(room_names('peers'))}")
+    tool = build(Peer, {"name": name, "tool": block.pop("tool")}, where).tool
+    room = load_room("peers", tool, f"{where}.tool")
+    return Peer(name, tool, build(room.Settings, block, where))
 
 
 def load_room(room: str, name: str, where: str = "") -> ModuleType:
@@ -379,6 +418,11 @@ def _check_source(
             raise ValueError(f"{key}: source '{source}' has no such key; remove it")
     if source == "hub" and not re.fullmatch(r"[0-9a-f]{40}", block.revision):
         raise ValueError(f"revision: '{block.revision}' is no full commit; give all 40 hexadecimal digits")
+
+
+def _unique(key: str, names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"{key}: a name stands twice in {list(names)}")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -19,6 +19,14 @@ FAMILIES: Mapping[str, tuple[str, str, str]] = {  # prefix -> title, colour, mar
     "market-tiles": ("market, tiles", "#3f8fd2", "^"),
     "": ("other", "#3d3d3d", "v"),
 }
+TOOLS: Mapping[str, tuple[str, str, str]] = {  # the same of other people's tools, in the figure that holds them
+    "hqq": ("HQQ", "#e39a2d", "s"),
+    "quanto": ("optimum-quanto", "#8a8f98", "P"),
+    "auto_round": ("AutoRound", "#b5482f", "X"),
+    "gptqmodel": ("GPTQModel", "#5b4b9a", "D"),
+    "llama_cpp": ("llama.cpp, imatrix", "#c86fa0", "v"),
+}
+OTHER_TOOL = ("", "#3d3d3d", "v")
 PARTS: Mapping[str, str] = {
     "codes": "#0b6e63",
     "map": "#b5482f",
@@ -56,6 +64,7 @@ class Point:
     value: float
     interval: tuple[float, float] | None = None
     claimed: float | None = None  # bits by the paper's accounting
+    tool: str | None = None  # of others, by the name of its file
 
 
 def family(method: str) -> str:
@@ -63,6 +72,14 @@ def family(method: str) -> str:
     if method.startswith("nash"):
         return "uniform"
     return next(prefix for prefix in FAMILIES if method.startswith(prefix))
+
+
+def style(point: Point) -> tuple[str, str, str]:
+    """Title, colour and marker of a point."""
+    if point.tool is None:
+        return FAMILIES[family(point.method)]
+    title, colour, marker = TOOLS.get(point.tool, OTHER_TOOL)
+    return title or point.tool, colour, marker
 
 
 def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
@@ -76,8 +93,10 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
     floor, ceiling = _span(points)
     axes.set_yscale("log")
     axes.set_xscale("log", base=2)
-    for prefix in (p for p in FAMILIES if any(family(x.method) == p for x in points)):
-        _draw_family(axes, [x for x in points if family(x.method) == prefix], prefix, floor)
+    for prefix in (p for p in FAMILIES if any(_prefix(x) == p for x in points)):
+        _draw_family(axes, [x for x in points if _prefix(x) == prefix], JOINED.get(prefix), floor)
+    for tool in dict.fromkeys(x.tool for x in points if x.tool is not None):
+        _draw_family(axes, [x for x in points if x.tool == tool], None, floor)
     _draw_claims(axes, [p for p in points if p.claimed and p.value > 0])
     axes.set_ylim(floor, ceiling)
     _dress(axes, [b for p in points for b in (p.bits, p.claimed) if b], label)
@@ -209,16 +228,22 @@ def _span(points: Sequence[Point]) -> tuple[float, float]:
     return least / 2.2, most * 2.2
 
 
-def _draw_family(axes: Any, points: Sequence[Point], prefix: str, floor: float) -> None:
-    title, colour, marker = FAMILIES[prefix]
+def _prefix(point: Point) -> str | None:
+    """The family of a method of this project."""
+    return family(point.method) if point.tool is None else None
+
+
+def _draw_family(axes: Any, points: Sequence[Point], width: float | None, floor: float) -> None:
+    """Points of one style. Arguments: `width` of the line that joins them; None: there is none."""
+    title, colour, marker = style(points[0])
     points = sorted(points, key=lambda p: (p.bits, p.method))
     above = [p for p in points if p.value > 0]
     below = [p for p in points if p.value <= 0]
     axes.plot(
         [p.bits for p in above],
         [p.value for p in above],
-        linestyle="-" if prefix in JOINED else "none",
-        linewidth=JOINED.get(prefix, 0.0),
+        linestyle="none" if width is None else "-",
+        linewidth=width or 0.0,
         color=colour,
         marker=marker,
         markersize=6.5,
@@ -288,7 +313,7 @@ def _label(axes: Any, canvas: Any, points: Sequence[Point], floor: float) -> Non
         name = point.method.removeprefix("market-") + ("" if point.value > 0 else " (≤ 0)")
         own = pixels[point.method]
         others = [xy for xy in marks if xy is not own]
-        colour = FAMILIES[family(point.method)][1]
+        colour = style(point)[1]
         for offset, across in [*((o, False) for o in NEAR + FAR), *((o, True) for o in FAR)]:
             leader = offset in FAR
             text = _name(axes, name, places[point.method], offset, colour, leader)
@@ -359,7 +384,7 @@ def _along_lines(points: Sequence[Point], pixels: Mapping[str, Any]) -> list[Any
     """Places on the lines that join a family's points, for labels to keep clear of."""
     found: list[Any] = []
     for prefix in JOINED:
-        joined = sorted((p.bits, p.method) for p in points if family(p.method) == prefix and p.value > 0)
+        joined = sorted((p.bits, p.method) for p in points if _prefix(p) == prefix and p.value > 0)
         ends = [pixels[method] for _, method in joined]
         for start, end in itertools.pairwise(ends):
             found += _steps(start, end)

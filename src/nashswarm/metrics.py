@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nashswarm.artifacts import PeerRecord, SourceRecord
 from nashswarm.config import Evaluation
 from nashswarm.evaluation import Losses, paper_figures, quality_figures
 from nashswarm.intervals import rounded
@@ -32,6 +33,44 @@ def document(
         "quality": {corpus: quality_figures(found, settings) for corpus, found in losses.items()},
         "paper": {corpus: paper_figures(found, settings) for corpus, found in losses.items()},
         "allocation": allocation,
+    }
+
+
+BESIDE = ("vectors", "headers")  # parts of a file that are no quantized matrix
+
+
+def peer_document(
+    peer: PeerRecord, source: SourceRecord, index: ModelIndex, losses: Mapping[str, Losses], settings: Evaluation
+) -> dict[str, Any]:
+    """Everything that metrics/<model>/<peer>.json holds: as `document`, and what was run, on which original.
+
+    A peer that was not run has the reason, and no figures.
+    """
+    found: dict[str, Any] = {
+        "peer": {
+            "tool": peer.tool,
+            "settings": dict(peer.settings),
+            "version": peer.version,
+            "notes": list(peer.notes),
+            "reason": peer.reason,
+            "original": {name: digest for name, digest in source.files.items() if name.endswith(".safetensors")},
+        }
+    }
+    if peer.reason is not None:
+        return found
+    total, weights = sum(peer.parts.values()), sum(tensor.weights for tensor in index.tensors)
+    matrix_bytes = total - sum(peer.parts.get(part, 0) for part in BESIDE)
+    return found | {
+        "size": {
+            "file_bytes": total,
+            "bits_per_weight": rounded(8 * total / index.parameters),
+            "matrix_bits_per_weight": rounded(8 * matrix_bytes / weights),
+            "compression": rounded(1 - total / (FP32_BYTES * index.parameters)),
+            "parts": dict(peer.parts),
+        },
+        "quality": {corpus: quality_figures(each, settings) for corpus, each in losses.items()},
+        "paper": {corpus: paper_figures(each, settings) for corpus, each in losses.items()},
+        "allocation": {},
     }
 
 

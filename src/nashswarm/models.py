@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -333,6 +334,11 @@ def load_model(
 ) -> PreTrainedModel:
     """A model in evaluation mode with these weights, as `fill` takes them."""
     return fill(build_model(directory, dtype), directory, weights)
+
+
+def load_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> PreTrainedModel:
+    """As `load_model`, from named arrays."""
+    return load_model(directory, ((name, torch.from_numpy(array)) for name, array in arrays.items()))
 
 
 def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:

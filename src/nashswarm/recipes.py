@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nashswarm.artifacts import read_json
-from nashswarm.config import Method, parse_method
+from nashswarm.config import Method, Peer, parse_method, parse_peer
 
 KEPT = "kept"  # the codec of what a method leaves alone
+TABLES = "grouped"  # the codec of what another tool leaves alone
 
 
 def method_document(method: Method) -> dict[str, Any]:
@@ -33,3 +34,19 @@ def method_files(source: Path, method: Method) -> list[Path]:
         package / "codecs" / f"{method.codec}.py",
         package / "codecs" / f"{KEPT}.py",
     ]
+
+
+def peer_document(peer: Peer) -> dict[str, Any]:
+    """A peer as one flat block, as it may stand in params.yaml, defaults filled in."""
+    return {"tool": peer.tool, **dataclasses.asdict(peer.settings)}
+
+
+def read_peer_recipe(path: Path) -> Peer:
+    """The peer of data/methods/<peer>.json."""
+    return parse_peer(path.stem, read_json(path)["settings"])
+
+
+def peer_files(source: Path, peer: Peer) -> list[Path]:
+    """The files, below `source`, that are found by the names in a peer, and what stores the tables."""
+    package = source / "nashswarm"
+    return [package / "peers" / f"{peer.tool}.py", package / "codecs" / f"{TABLES}.py"]

@@ -57,6 +57,13 @@ class Picture:
 Block = Heading | Text | Items | Table | Picture
 
 
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows of words for a terminal, a rule below the first. Arguments: `sides`, < or > for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(r, sides, widths, strict=True)).rstrip() for r in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
 # --- Markdown ------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +309,7 @@ def _tex(text: str) -> str:
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 
-SERIES = "allocation.tensors"
+SERIES = ("allocation.tensors", "peer.notes")
 
 
 def flat_table(documents: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:

@@ -6,20 +6,22 @@ Equal metrics give equal bytes: no dates, no hosts, no versions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nashswarm import paper, rendering
-from nashswarm.artifacts import write_bytes
+from nashswarm import beside, paper, rendering
+from nashswarm.artifacts import Layout, read_json, read_tracked, write_bytes
 from nashswarm.bitmap import BitMap, bit_map
 from nashswarm.comparison import Match, matches
+from nashswarm.config import Active
 from nashswarm.paper import rise, signed
 from nashswarm.rendering import Block, Heading, Items, Picture, Table, Text
 
 MIB = 2**20
 NONE = "–"
 Metrics = Mapping[tuple[str, str], Mapping[str, Any]]
+Tracked = Mapping[tuple[str, str], Mapping[str, Any] | None]  # None where there are no metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,41 @@ class Run:
     corpora: Sequence[str]
     resamples: int = 2000  # of the bootstrap between two methods
     seed: int = 0
+    peers: Tracked = field(default_factory=dict)  # of (model, peer)
+    extra: Tracked = field(default_factory=dict)  # of (model, method): further ones of ours, to stand beside the peers
 
     def of(self, model: str) -> dict[str, Mapping[str, Any]]:
         """Method -> metrics of one model, in the order of the methods."""
         return {m: self.metrics[model, m] for m in self.methods if (model, m) in self.metrics}
+
+    def beside(self) -> dict[str, beside.Shown]:
+        """Model -> what of other tools can be shown with it."""
+        return {
+            model: beside.shown(self.of(model), _tracked(self.extra, model), _tracked(self.peers, model), self.corpora)
+            for model in self.models
+        }
+
+
+def _tracked(found: Tracked, model: str) -> dict[str, Mapping[str, Any] | None]:
+    return {name: document for (of, name), document in found.items() if of == model}
+
+
+def gather(
+    layout: Layout, active: Active, peers: Sequence[str], methods: Sequence[str], resamples: int, seed: int
+) -> Run:
+    """All metrics that the report is made of.
+
+    Arguments: `peers` and `methods`, whose tracked metrics are shown beside those of the active ones, where they are.
+    """
+    metrics = {
+        (model, method): read_json(layout.metrics(model, method))
+        for model in active.models
+        for method in active.methods
+    }
+    names = dict.fromkeys((*active.peers, *peers))
+    others = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in names}
+    extra = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in methods}
+    return Run(metrics, active.models, active.methods, active.corpora, resamples, seed, others, extra)
 
 
 def write(directory: Path, run: Run, dpi: int) -> None:
@@ -45,13 +78,16 @@ def write(directory: Path, run: Run, dpi: int) -> None:
     """
     first, more = headline(run)
     blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
-    blocks += [*_figure_section(run, dpi), *_market_section(run), *_reading_section(run)]
+    blocks += [*_figure_section(run, dpi), *_market_section(run)]
+    found = run.beside()
+    blocks += [*beside.section(found, run.corpora, run.resamples, run.seed, dpi), *_reading_section(run)]
     for picture in (b for b in blocks if isinstance(b, Picture)):
         write_bytes(directory / picture.name, picture.png)
     files = {"report.md": rendering.markdown, "report.html": rendering.web_page, "tables.tex": rendering.latex}
     for name, render in files.items():
         write_bytes(directory / name, render(first, blocks).encode())
     pairs = {(model, method): document for model in run.models for method, document in run.of(model).items()}
+    pairs |= {(model, name): d for model, of in found.items() for name, d in {**of.ours, **of.peers}.items()}
     write_bytes(directory / "results.csv", rendering.flat_table(pairs).encode())
 
 
@@ -66,15 +102,13 @@ def console_table(metrics: Metrics, models: Sequence[str], methods: Sequence[str
             for method, document in run.of(model).items():
                 quality = document["quality"][corpus]
                 rows.append((method, *_size(document), rise(quality), _resolved(quality), _kl(quality["kl_mean"])))
-            blocks.append(f"{model} on {corpus}\n{_aligned(rows)}")
+            blocks.append(f"{model} on {corpus}\n{rendering.aligned(rows, '<>>><>')}")
     return "\n\n".join([headline(run)[0], *blocks])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<", ">", ">", ">", "<", ">"]
-    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(r, sides, widths, strict=True)).rstrip() for r in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def peers_table(run: Run) -> str:
+    """The short table of other tools for a terminal; empty where there is none to show."""
+    return beside.console(run.beside(), run.corpora, run.resamples, run.seed)
 
 
 # --- the headline --------------------------------------------------------------------------------------------------

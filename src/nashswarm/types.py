@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -192,3 +193,29 @@ class PackedTensor:
     shared: Mapping[str, np.ndarray] = field(
         default_factory=dict
     )  # arrays that all tensors of the model have in common
+
+
+@dataclass(frozen=True, slots=True)
+class PeerJob:
+    """All that another tool may look at to quantize a model."""
+
+    directory: Path  # the original's config, safetensors and tokenizer
+    index: ModelIndex
+    ids: np.ndarray  # int32 [tokens], the calibration split
+    context: int  # tokens per calibration window
+    threads: int
+
+    @property
+    def inside(self) -> tuple[TensorSpec, ...]:
+        """The matrices of the transformer blocks: what most tools quantize, and all that they do."""
+        return tuple(t for t in self.index.tensors if t.layer is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWeights:
+    """What another tool made of a model's matrices. What is in neither, it left as it was."""
+
+    matrices: Mapping[str, Tensor]  # parameter's name -> float32 [out, in], decoded from what is stored
+    parts: Mapping[str, int]  # bytes stored for these matrices: codes, scales, zeros, ..., headers
+    version: str
+    notes: tuple[str, ...] = ()  # what a reader of its figures should know

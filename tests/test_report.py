@@ -55,7 +55,8 @@ def quality(rise: float, spread: float = 0.0005) -> dict[str, Any]:
 
 def paper_row(rise: float, count: int) -> dict[str, Any]:
     loss = 5.0 + rise
-    return {"loss": loss, "perplexity": math.exp(loss), "delta_loss_percent": 20 * rise, "texts": count}
+    interval = {"delta_loss_percent_ci95": [20 * rise - 0.5, 20 * rise + 0.5], "resolved": abs(20 * rise) > 0.5}
+    return {"loss": loss, "perplexity": math.exp(loss), "delta_loss_percent": 20 * rise, "texts": count, **interval}
 
 
 def document(method: str, corpora: Sequence[str]) -> dict[str, Any]:
@@ -671,6 +672,15 @@ def test_nearness_by_the_papers_protocol_needs_all_counts(rises: Sequence[float]
     for row, value in zip(counts.values(), rises, strict=True):
         row["delta_loss_percent"] = value
     assert judged(metrics, "by the paper's own protocol") == [verdict]
+
+
+def test_the_papers_few_texts_are_said_to_resolve_nothing() -> None:
+    metrics = fake(methods=["paper-uniform4"])
+    rows = metrics["reference", "paper-uniform4"]["paper"]["sampled"]["by_count"]
+    rows["20"] |= {"delta_loss_percent": -0.74, "delta_loss_percent_ci95": [-3.1, 1.62], "resolved": False}
+    rows["50"] |= {"delta_loss_percent": -0.66, "delta_loss_percent_ci95": [-1.2, -0.12], "resolved": True}
+    (found,) = [v for v in paper.verdicts(metrics, ["sampled"]) if "regularization" in v.claim]
+    assert "-0.74 % [-3.10, +1.62] at N = 20 (not resolved), -0.66 % [-1.20, -0.12] at 50" in found.why
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,17 @@ def listed(rises: Mapping[int, float]) -> str:
     return ", ".join(f"{signed(v)} % at {'N = ' if i == 0 else ''}{n}" for i, (n, v) in enumerate(rises.items()))
 
 
+def listed_with_intervals(figures: Mapping[str, Any]) -> str:
+    """'-0.74 % [-3.10, +1.60] at N = 20 (not resolved), -0.66 % [-1.20, -0.10] at 30': intervals are over texts."""
+    words = []
+    for i, (n, row) in enumerate(by_count(figures).items()):
+        low, high = row["delta_loss_percent_ci95"]
+        doubt = "" if row["resolved"] else " (not resolved)"
+        place = f"{'N = ' if i == 0 else ''}{n}"
+        words.append(f"{signed(row['delta_loss_percent'])} % [{signed(low)}, {signed(high)}] at {place}{doubt}")
+    return ", ".join(words)
+
+
 def agreed(answers: Sequence[bool]) -> str:
     """The protocol has no interval, but several sample counts: they decide where all of them answer alike."""
     return HOLDS if all(answers) else OPEN if any(answers) else FAILS
@@ -294,7 +305,8 @@ def _regularizes(model: str, methods: Documents, corpora: Sequence[str]) -> list
         verdict = HOLDS if high < 0 else FAILS if low >= 0 else OPEN
         alone = verdict == FAILS and max(rises.values()) < 0
         words = "only the paper's protocol shows a fall:" if alone else "by the paper's protocol"
-        why = f"{UNIFORM}: {rise(quality)} over {quality['tokens']:,} tokens; {words} {listed(rises)}"
+        by_texts = listed_with_intervals(methods[UNIFORM]["paper"][corpus])
+        why = f"{UNIFORM}: {rise(quality)} over {quality['tokens']:,} tokens; {words} {by_texts}"
         found.append(Verdict(claim, model, corpus, verdict, why))
     return found
 

@@ -53,4 +53,4 @@ compare: $(READY)  ## hold a fresh run's metrics against the committed ones
 	@python tools/compare.py
 
 clean:  ## remove what was made, keep the environment
-	rm -rf data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/scores data/times report .dvc/cache .dvc/tmp
+	rm -rf data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp

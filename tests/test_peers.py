@@ -128,7 +128,7 @@ def test_names_of_peers_are_checked() -> None:
     with pytest.raises(ConfigError, match=r"active\.peers: a name stands twice"):
         parse_params({**raw, "active": {**raw["active"], "peers": ["hqq-4", "hqq-4"]}})
     with pytest.raises(ConfigError, match=r"peers\.rtn4-g64: a method has this name, too"):
-        parse_params({**raw, "peers": {"rtn4-g64": {"tool": "hqq", "bits": 4}}})
+        parse_params({**raw, "peers": {**raw["peers"], "rtn4-g64": {"tool": "hqq", "bits": 4}}})
 
 
 def test_no_peer_is_run_unless_asked_for() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from nashswarm.types import PeerJob, PeerWeights
+from nashswarm.types import InputError, PeerJob, PeerWeights
 
 WIDTHS = (2, 3, 4, 8)
-NEAR = 2e-3  # of the largest weight: what a float16 scale may change
+OFFSETS = {"auto_round": 0, "auto_round:auto_gptq": 1}  # packing format -> what it takes off a zero before storing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,11 @@ def quantize(job: PeerJob, settings: Settings) -> PeerWeights:
             enable_torch_compile=False,
         )
         tuner.quantize_and_save(scratch, format="auto_round")
+        (found,) = Path(scratch).rglob("quantization_config.json")
+        packing = json.loads(found.read_bytes())["packing_format"]
+        if packing not in OFFSETS:
+            raise InputError(f"auto-round chose the format {packing}, which is not read here")
         names = [t.name for t in job.inside]
-        matrices, parts = tooling.read_gptq(Path(scratch), names, settings.bits, zero_offset=0)
+        matrices, parts = tooling.read_gptq(Path(scratch), names, settings.bits, OFFSETS[packing])
     notes = (f"{settings.iters} steps for each block, on {windows.numel()} tokens; Conv1D natively; amp off",)
     return PeerWeights(matrices, parts, auto_round.__version__, notes)

@@ -38,10 +38,10 @@ def run(stage: Callable[..., None]) -> None:
 
 
 def set_threads(params: Params) -> None:
-    """Late digits of sums follow the number of threads, so it is fixed."""
-    import torch
+    """As params say."""
+    from nashswarm import threads
 
-    torch.set_num_threads(params.compute.threads)
+    threads.set_threads(params.compute.threads)
 
 
 def _note_time(seconds: float) -> None:

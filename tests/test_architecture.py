@@ -43,6 +43,7 @@ TORCH = {
     "resident",
     "statistics",
     "tooling",
+    "threads",
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")

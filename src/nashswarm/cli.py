@@ -73,12 +73,11 @@ def quantize(
 
     nashswarm quantize ./gpt2 --text train.txt --bits 3 -o gpt2-3bit
     """
-    import torch
-
     from nashswarm import direct, downloads
     from nashswarm.config import Scoring
+    from nashswarm.threads import set_threads
 
-    torch.set_num_threads(threads)
+    set_threads(threads)
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
     scoring = Scoring(tokens=tokens)
     source, origin = downloads.resolve_word(model, revision, cache.expanduser())

@@ -27,7 +27,7 @@ reproduce: $(READY)  ## run the pipeline on the embedded model, print the table
 paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub, in a throw-away workspace
 	tools/paper.sh
 
-peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, beside ours; about two hours on 2 cores
+peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, beside ours; hours on 2 cores
 	PYTHON=$(PYTHON) tools/peers.sh
 
 test: $(READY)  ## the offline test suite, with lint and types

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # llama.cpp's quantizer, importance matrix and converter, from llama-cpp-python's source package, into the peers'
-# environment: PREFIX/llama.cpp. Needs a C++ compiler; cmake and ninja come from the environment. About 10 minutes on 2 cores.
+# environment: PREFIX/llama.cpp. Needs a C++ compiler; cmake and ninja come from the environment. It took 16 minutes on 2 busy cores.
 set -euo pipefail
 prefix=$(realpath "$1")
 version=$(sed -n 's/^llama-cpp-python==//p' "$(dirname "$0")/../constraints-peers.txt")

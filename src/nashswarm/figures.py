@@ -363,7 +363,7 @@ def _has_room(
 ) -> bool:
     """Whether a label lies inside and covers neither another label nor a mark nor a line."""
     frame, room = axes.get_window_extent(canvas.get_renderer()), canvas.figure.dpi / 72
-    inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 + 12 and box.y0 >= frame.y0 and box.y1 <= frame.y1 + 8
+    inside = box.x0 >= frame.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0 and box.y1 <= frame.y1 + 8
     covers = any(box.padded(gap * room).contains(*xy) for gap, places in ((4, marks), (1, lines)) for xy in places)
     return inside and not covers and not any(box.overlaps(t) for t in taken)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nashswarm import __version__
+from nashswarm import __version__, threads
 from nashswarm.artifacts import Layout, write_json
 from nashswarm.config import Params, load_params
 from nashswarm.console import progress
@@ -20,6 +20,7 @@ from nashswarm.types import NashSwarmError
 
 __all__ = ["LAYOUT", "progress", "run", "set_threads"]
 LAYOUT = Layout()
+threads.wait_asleep()  # before a stage's own imports load torch
 
 
 def run(stage: Callable[..., None]) -> None:
@@ -39,8 +40,6 @@ def run(stage: Callable[..., None]) -> None:
 
 def set_threads(params: Params) -> None:
     """As params say."""
-    from nashswarm import threads
-
     threads.set_threads(params.compute.threads)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in nashswarm.threads
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small, threads cost more than they give
 
 PROJECT = Path(__file__).parents[1]

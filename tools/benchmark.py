@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
-from nashswarm import artifacts, models, packed, quantize, statistics
-from nashswarm.config import Method, Scoring, load_params, parse_method
+from nashswarm.threads import set_threads, wait_asleep
+
+wait_asleep()  # before torch is loaded
+
+import torch  # noqa: E402
+
+from nashswarm import artifacts, models, packed, quantize, statistics  # noqa: E402
+from nashswarm.config import Method, Scoring, load_params, parse_method  # noqa: E402
 
 SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 
@@ -35,7 +40,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="blocks, to cut a large model short")] = None,
 ) -> None:
     """Run the three steps once and print what they took."""
-    torch.set_num_threads(2)
+    set_threads(2)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         root = Path(scratch)
         make = multiprocessing.get_context("spawn").Process(target=_make, args=(root / "model", shape, layers))

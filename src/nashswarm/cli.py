@@ -19,9 +19,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from nashswarm import bitmap, metrics, packed
-from nashswarm.console import progress
-from nashswarm.types import InputError, NashSwarmError
+from nashswarm.threads import set_threads, wait_asleep
+
+wait_asleep()  # before the imports below load torch
+
+from nashswarm import bitmap, metrics, packed  # noqa: E402
+from nashswarm.console import progress  # noqa: E402
+from nashswarm.types import InputError, NashSwarmError  # noqa: E402
 
 if TYPE_CHECKING:
     from nashswarm.config import Method
@@ -75,7 +79,6 @@ def quantize(
     """
     from nashswarm import direct, downloads
     from nashswarm.config import Scoring
-    from nashswarm.threads import set_threads
 
     set_threads(threads)
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])

@@ -768,3 +768,10 @@ def test_wrong_input_is_named_with_its_fix(mistake: Mistake, copy: Project) -> N
     assert mistake.culprit in line
     assert re.search(mistake.fix, line), line
     assert copy.files() == before
+def _copied_text(project: Project) -> None:
+    text = (project.root / "data/reference/calibration.txt").read_text(encoding="utf-8")
+    own = (project.root / "data/reference/test.txt").read_text(encoding="utf-8")
+    _own_text(project, f"{own}{text[500:1000]}")
+
+
+    "copied text": Mistake(_copied_text, "sampled.test and sampled.calibration share", "take it out", DOWNLOAD),

@@ -186,7 +186,7 @@ def test_make_knows_the_two_commands_of_the_readme() -> None:
     assert {"reproduce", "test"} <= targets()
 
 
-@pytest.mark.parametrize("target", ["reproduce", "test", "paper", "compare", "lint", "test-scale"])
+@pytest.mark.parametrize("target", ["reproduce", "test", "paper", "seeds", "compare", "lint", "test-scale"])
 def test_make_prepares_the_environment_first(target: str, tmp_path: Path) -> None:
     done = run(PROJECT, "make", "--no-print-directory", "--dry-run", target, f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper peers seeds test test-scale storm fuzz benchmark lint compare clean
+.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, 
 seeds: $(READY)  ## three calibration seeds of three methods, into metrics/seeds; ten minutes on 2 cores
 	python tools/seeds.py
 
+difference: $(READY)  ## what this commit does to main's figures (BASE=... another's), as Markdown and plots in difference/
+	tools/difference.sh $(BASE)
+
 test: $(READY)  ## the offline test suite, with lint and types
 	ruff check . && ruff format --check . && mypy
 	python -m pytest -n 2 --dist loadfile
@@ -56,4 +59,4 @@ compare: $(READY)  ## hold a fresh run's metrics against the committed ones
 	@python tools/compare.py
 
 clean:  ## remove what was made, keep the environment
-	rm -rf data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp
+	rm -rf difference dvc_plots data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp

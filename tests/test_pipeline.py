@@ -593,6 +593,44 @@ def test_experiment_with_one_setting_touches_one_method(copy: Project) -> None:
 
 
 @pytest.mark.pipeline
+def test_branches_are_compared_as_a_comment_and_as_plots(copy: Project) -> None:
+    copy.git("switch", "--quiet", "--create", "change")
+    copy.set(methods={"rtn4-g64": {**copy.raw()["methods"]["rtn4-g64"], "group": 32}})
+    copy.dvc("repro")
+    copy.commit()
+    before = copy.files()
+    copy.call(str(PROJECT / "tools/difference.sh"), "main")
+    made = {name: data for name, data in copy.files().items() if name not in before}
+    assert set(made) == {"difference/comment.md", "difference/index.html"}
+    assert before.items() <= copy.files().items()
+    assert copy.git("status", "--porcelain") == ""
+
+    table, everything = made["difference/comment.md"].decode().split("<details>")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| metrics/" in line]
+    assert {path for path, *_ in rows} == {"metrics/reference/rtn4-g64.json"}
+    names = ("quality.sampled.delta_loss_percent", "quality.sampled.kl_mean", "size.bits_per_weight")
+    assert sorted(name for _, name, *_ in rows) == list(names)
+    assert all(float(new) - float(old) == pytest.approx(float(by)) and old != new for *_, old, new, by in rows)
+    assert "size.file_bytes" in everything
+    assert "size.file_bytes" not in table
+
+    page = made["difference/index.html"].decode()
+    for revision in ("base", "change"):
+        assert page.count(f'"rev": "{revision}"') == 2 * len(METHODS)  # two plots
+
+    copy.call(str(PROJECT / "tools/difference.sh"), "HEAD", "same")
+    assert "No figure differs." in (copy.root / "same/comment.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.pipeline
+def test_plots_show_every_method(copy: Project) -> None:
+    copy.dvc("plots", "show", "--out", "plots")
+    page = (copy.root / "plots/index.html").read_text(encoding="utf-8")
+    assert page.count('"rev": "workspace"') == 2 * len(METHODS)
+    assert all(f'"method": "{method}"' in page for method in METHODS)
+
+
+@pytest.mark.pipeline
 def test_seeds_are_measured_beside_the_project(copy: Project) -> None:
     before = copy.files()
     words = ("reference", "--methods", "rtn4-g64,nash", "--count", "2")

@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper peers test test-scale storm fuzz benchmark lint compare clean
+.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,12 @@ paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub,
 
 peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, beside ours; hours on 2 cores
 	PYTHON=$(PYTHON) tools/peers.sh
+
+seeds: $(READY)  ## three calibration seeds of three methods, into metrics/seeds; ten minutes on 2 cores
+	python tools/seeds.py
+
+difference: $(READY)  ## what this commit does to main's figures (BASE=... another's), as Markdown and plots in difference/
+	tools/difference.sh $(BASE)
 
 test: $(READY)  ## the offline test suite, with lint and types
 	ruff check . && ruff format --check . && mypy
@@ -53,4 +59,4 @@ compare: $(READY)  ## hold a fresh run's metrics against the committed ones
 	@python tools/compare.py
 
 clean:  ## remove what was made, keep the environment
-	rm -rf data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp
+	rm -rf difference dvc_plots data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp

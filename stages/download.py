@@ -27,7 +27,7 @@ def main(params: Params, model: str) -> None:
             for name, found in texts.items()
         }
         window = min(context, params.evaluation.context)
-        corpora.check_run(splits, params.active.calibration, params.active.corpora, window)
+        corpora.check_run(splits, params.active.calibration, params.active.corpora, window, tokenizer.decode)
         for name, tokenized in splits.items():
             artifacts.write_tokens(target, name, tokenized)
         index = models.describe(directory)

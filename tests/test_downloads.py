@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 
 def sentences(start: int, count: int = 60) -> list[str]:
-    """Rows as WikiText has them: empty ones between, line ends kept; no two splits share a run of 64 tokens."""
+    """Rows as WikiText has them: empty ones between, line ends kept; no two splits share a run of 50 tokens."""
     rows = []
     for i in range(start, start + count):
         words = [WORDS[(i * k * k + i // (k + 1) + k) % len(WORDS)] for k in range(1, 12)]

@@ -593,6 +593,77 @@ def test_experiment_with_one_setting_touches_one_method(copy: Project) -> None:
 
 
 @pytest.mark.pipeline
+def test_branches_are_compared_as_a_comment_and_as_plots(copy: Project) -> None:
+    copy.git("switch", "--quiet", "--create", "change")
+    copy.set(methods={"rtn4-g64": {**copy.raw()["methods"]["rtn4-g64"], "group": 32}})
+    copy.dvc("repro")
+    copy.commit()
+    before = copy.files()
+    copy.call(str(PROJECT / "tools/difference.sh"), "main")
+    made = {name: data for name, data in copy.files().items() if name not in before}
+    assert set(made) == {"difference/comment.md", "difference/index.html"}
+    assert before.items() <= copy.files().items()
+    assert copy.git("status", "--porcelain") == ""
+
+    table, everything = made["difference/comment.md"].decode().split("<details>")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| metrics/" in line]
+    assert {path for path, *_ in rows} == {"metrics/reference/rtn4-g64.json"}
+    names = ("quality.sampled.delta_loss_percent", "quality.sampled.kl_mean", "size.bits_per_weight")
+    assert sorted(name for _, name, *_ in rows) == list(names)
+    assert all(float(new) - float(old) == pytest.approx(float(by)) and old != new for *_, old, new, by in rows)
+    assert "size.file_bytes" in everything
+    assert "size.file_bytes" not in table
+
+    page = made["difference/index.html"].decode()
+    for revision in ("base", "change"):
+        assert page.count(f'"rev": "{revision}"') == 2 * len(METHODS)  # two plots
+
+    copy.call(str(PROJECT / "tools/difference.sh"), "HEAD", "same")
+    assert "No figure differs." in (copy.root / "same/comment.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.pipeline
+def test_plots_show_every_method(copy: Project) -> None:
+    copy.dvc("plots", "show", "--out", "plots")
+    page = (copy.root / "plots/index.html").read_text(encoding="utf-8")
+    assert page.count('"rev": "workspace"') == 2 * len(METHODS)
+    assert all(f'"method": "{method}"' in page for method in METHODS)
+
+
+@pytest.mark.pipeline
+def test_seeds_are_measured_beside_the_project(copy: Project) -> None:
+    before = copy.files()
+    words = ("reference", "--methods", "rtn4-g64,nash", "--count", "2")
+    copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), *words)
+    made = {name: data for name, data in copy.files().items() if name not in before}
+    assert set(made) == {f"metrics/seeds/reference/{method}.json" for method in ("rtn4-g64", "nash")}
+    assert before.items() <= copy.files().items()
+    for method, moves in (("rtn4-g64", True), ("nash", False)):  # nash reads no calibration text
+        own = json.loads(before[f"metrics/reference/{method}.json"])
+        found = json.loads(made[f"metrics/seeds/reference/{method}.json"])["quality"]["sampled"]
+        first, second = (found["seeds"][seed] for seed in ("0", "1"))
+        assert first["loss"] == own["quality"]["sampled"]["loss"]
+        assert first["bits_per_weight"] == own["size"]["bits_per_weight"]
+        assert (first["loss"] != second["loss"]) == moves
+        assert found["standard_deviation"]["loss"] == pytest.approx(
+            abs(first["loss"] - second["loss"]) / 2**0.5, abs=1e-6
+        )
+    assert ran(copy.dvc("repro")) == ["report"]
+    assert "Calibration seeds: reference on sampled" in (copy.root / "report/report.md").read_text(encoding="utf-8")
+    assert "seeds/" not in copy.dvc("metrics", "show")  # DVC's tables pass over what no stage makes
+
+
+@pytest.mark.pipeline
+def test_seeds_are_not_measured_on_what_is_stale(copy: Project) -> None:
+    copy.set(evaluation={"context": 16})
+    before = copy.files()
+    done = copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), ok=False)
+    assert done.returncode == 1
+    assert "download@reference, baseline@reference: not up to date; run `dvc repro" in done.stderr
+    assert copy.files() == before
+
+
+@pytest.mark.pipeline
 def test_experiment_in_a_temporary_workspace_leaves_the_own_one_alone(copy: Project) -> None:
     before = copy.files()
     output = copy.dvc("exp", "run", "--temp", "--name", "alone", "-S", "active.methods=[fp32]")
@@ -698,6 +769,12 @@ def _own_text(project: Project, text: str) -> None:
     project.set(corpora={"sampled": {"source": "path", **files}})
 
 
+def _copied_text(project: Project) -> None:
+    text = (project.root / "data/reference/calibration.txt").read_text(encoding="utf-8")
+    own = (project.root / "data/reference/test.txt").read_text(encoding="utf-8")
+    _own_text(project, f"{own}{text[500:1000]}")
+
+
 def _set_method(project: Project, name: str, **settings: Any) -> None:
     project.set(methods={name: {**project.raw()["methods"][name], **settings}})
 
@@ -734,6 +811,7 @@ MISTAKES = {
     "only a pickle": Mistake(_only_a_pickle, "pytorch_model.bin", "save_pretrained", DOWNLOAD),
     "empty text": Mistake(lambda p: _own_text(p, "\n \n"), "own.txt", "give|check|name", DOWNLOAD),
     "short text": Mistake(lambda p: _own_text(p, "o mar"), "corpora.sampled.test", "give more text", DOWNLOAD),
+    "copied text": Mistake(_copied_text, "sampled.test and sampled.calibration share", "take it out", DOWNLOAD),
     "NaN": Mistake(_not_a_number, "h.1.attn.c_attn.weight", "NaN.*(repair|again|another|train|convert)", DOWNLOAD),
     "long texts": Mistake(
         lambda p: p.set(evaluation={"paper": {"length": 33}}),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).parents[1]
 FIGURES: dict[str, Any] = {
@@ -186,10 +187,81 @@ def test_make_knows_the_two_commands_of_the_readme() -> None:
     assert {"reproduce", "test"} <= targets()
 
 
-@pytest.mark.parametrize("target", ["reproduce", "test", "paper", "compare", "lint", "test-scale"])
+@pytest.mark.parametrize(
+    "target", ["reproduce", "test", "paper", "seeds", "difference", "compare", "lint", "test-scale"]
+)
 def test_make_prepares_the_environment_first(target: str, tmp_path: Path) -> None:
     done = run(PROJECT, "make", "--no-print-directory", "--dry-run", target, f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 0, done.stderr
     assert "-m venv" in done.stdout.splitlines()[0]
     assert "constraints.txt" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+# --- the recipe of docs/ci.md --------------------------------------------------------------------------------------
+
+ELSEWHERE = {"gh"}  # programs of the CI's machine
+
+
+def recipe() -> dict[str, Any]:
+    """The workflow in docs/ci.md."""
+    found = re.findall(r"```yaml\n(.*?)```", (PROJECT / "docs/ci.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(found) == 1
+    # YAML 1.1 reads the key `on` as true.
+    return {"on" if key is True else key: value for key, value in yaml.safe_load(found[0]).items()}
+
+
+def steps() -> list[dict[str, Any]]:
+    (job,) = recipe()["jobs"].values()
+    return list(job["steps"])
+
+
+def test_the_workflow_is_of_pull_requests_and_may_comment() -> None:
+    assert list(recipe()["on"]) == ["pull_request"]
+    assert recipe()["permissions"] == {"contents": "read", "pull-requests": "write"}
+    assert all(("run" in step) != ("uses" in step) for step in steps())
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps() if "uses" in step)
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    """Every line is a command of make, with targets that the Makefile has, or of the CI's machine."""
+    commands = [line.split() for step in steps() for line in step.get("run", "").splitlines()]
+    assert commands
+    for program, *words in commands:
+        if program == "make":
+            assert {word for word in words if "=" not in word} <= targets()
+        else:
+            assert program in ELSEWHERE
+
+
+def test_the_workflow_makes_the_pinned_environment_first_and_reads_what_difference_writes() -> None:
+    runs = [step["run"] for step in steps() if "run" in step]
+    assert runs[0] == "make install"
+    assert "comment.md" in (PROJECT / "tools/difference.sh").read_text(encoding="utf-8")
+    assert "--body-file difference/comment.md" in runs[-1]
+    (history,) = (step["with"] for step in steps() if step.get("uses", "").startswith("actions/checkout@"))
+    assert history == {"fetch-depth": 0}
+    (python,) = (step["with"] for step in steps() if step.get("uses", "").startswith("actions/setup-python@"))
+    assert python["python-version"] == "3.11"
+    assert (PROJECT / python["cache-dependency-path"]).is_file()
+
+
+def test_make_passes_the_base_on(tmp_path: Path) -> None:
+    (tmp_path / ".ready").touch()
+    done = run(PROJECT, "make", "--no-print-directory", "--dry-run", "difference", "BASE=origin/x", f"VENV={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "tools/difference.sh origin/x"
+
+
+@pytest.mark.parametrize("script", sorted((PROJECT / "tools").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_parse_and_may_be_run(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    done = run(PROJECT, "bash", "-n", str(script))
+    assert done.returncode == 0, done.stderr
+
+
+def test_difference_names_a_commit_that_is_not_there(repository: Path) -> None:
+    done = run(repository, str(PROJECT / "tools/difference.sh"), "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no commit 'nowhere' here; name another, or fetch it")
+    assert not (repository / "difference").exists()

@@ -67,12 +67,26 @@ def _other(own: Mapping[str, Document], document: Document, corpora: Sequence[st
     for corpus in corpora:
         if corpus not in document.get("quality", {}):
             return f"not measured on {corpus}"
-        ours, theirs = some["quality"][corpus], document["quality"][corpus]
-        if ours["tokens"] != theirs["tokens"]:
-            return f"measured on another {corpus}: {theirs['tokens']:,} tokens, {ours['tokens']:,} here"
-        mine, other = (q["loss"] - q["delta_loss"] for q in (ours, theirs))
-        if abs(mine - other) > ALIKE * abs(mine):
-            return f"measured on another original, whose loss on {corpus} is {other:.4f}; {mine:.4f} here"
+        ours, theirs = (_origin(of["quality"][corpus]) for of in (some, document))
+        if reason := another(corpus, ours, theirs):
+            return reason
+    return None
+
+
+def _origin(quality: Mapping[str, Any]) -> tuple[int, float]:
+    """Tokens measured on, and the original's loss."""
+    return int(quality["tokens"]), float(quality["loss"] - quality["delta_loss"])
+
+
+def another(corpus: str, ours: tuple[int, float], theirs: tuple[int, float]) -> str | None:
+    """Why two measurements on a corpus are not of one text and original; None where they are.
+
+    Arguments: `ours`, of this run, and `theirs`: tokens, and the original's loss in nats.
+    """
+    if ours[0] != theirs[0]:
+        return f"measured on another {corpus}: {theirs[0]:,} tokens, {ours[0]:,} here"
+    if abs(ours[1] - theirs[1]) > ALIKE * abs(ours[1]):
+        return f"measured on another original, whose loss on {corpus} is {theirs[1]:.4f}; {ours[1]:.4f} here"
     return None
 
 

@@ -6,7 +6,8 @@ texts of a split with blank lines and tokenises the whole once; the paper's prot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 SPLITS = ("calibration", "validation", "test")
 HUB_SPLITS = {"calibration": "train", "validation": "validation", "test": "test"}
-SHINGLE = 64  # tokens: the shortest run that counts as an overlap between splits
+# Tokens: the shortest run that counts as an overlap between splits, as in Lee et al., 2022 (arXiv:2107.06499). Of 64
+# tokens' text copied into other text 60 or more stayed a run, for its ends merge with their neighbours (4,000 copies);
+# the longest run that unrelated texts shared was 41 (docs/decisions.md, Protocol).
+SHINGLE = 50
+QUOTED = 12  # tokens of it, in the error
 
 
 def read_texts(name: str, source: CorpusSource, reference: Path, hub_directory: Path) -> dict[str, list[str]]:
@@ -86,18 +91,26 @@ def check_paper_length(length: int, context: int) -> None:
         )
 
 
-def check_disjoint(splits: Mapping[str, np.ndarray], shingle: int = SHINGLE) -> None:
-    """Raise InputError where two splits share a run of `shingle` tokens; names both and the places."""
+def check_disjoint(
+    splits: Mapping[str, np.ndarray], shingle: int = SHINGLE, decode: Callable[[list[int]], str] | None = None
+) -> None:
+    """Raise InputError where two splits share a run of `shingle` tokens; names both, and where the first one lies.
+
+    Arguments: `decode`, token ids -> text, to quote how that run begins.
+    """
     seen: list[tuple[str, np.ndarray]] = []
     for name, ids in splits.items():
         hashes = _shingle_hashes(ids, shingle)
         for other, others in seen:
-            shared = np.intersect1d(hashes, others)
+            shared = np.flatnonzero(np.isin(hashes, others))
             if shared.size:
-                at, there = (int(np.flatnonzero(h == shared[0])[0]) for h in (hashes, others))
+                at = int(shared[0])
+                there = int(np.flatnonzero(others == hashes[at])[0])
+                quoted = f", {decode(ids[at : at + QUOTED].tolist())!r}" if decode else ""
                 raise InputError(
-                    f"{name} and {other} share {shared.size} runs of {shingle} tokens (the first at token {at} and "
-                    f"{there}): do not measure on what was calibrated on; give texts that do not overlap"
+                    f"{name} and {other} share {shared.size} runs of {shingle} tokens (the first at token {at} of "
+                    f"{name} and {there} of {other}{quoted}): do not measure on what was calibrated on; take it out of "
+                    "one of the two, or name texts that do not overlap in params.yaml"
                 )
         seen.append((name, hashes))
 
@@ -114,12 +127,19 @@ def _shingle_hashes(ids: np.ndarray, length: int) -> np.ndarray:
 
 
 def check_run(
-    splits: Mapping[str, Mapping[str, TokenizedSplit]], calibration: str, measured: Sequence[str], window: int
+    splits: Mapping[str, Mapping[str, TokenizedSplit]],
+    calibration: str,
+    measured: Sequence[str],
+    window: int,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> None:
-    """Refuse corpora that cannot serve: missing or short splits, and texts that calibration shares with a test.
+    """Refuse corpora that cannot serve: missing or short splits, and text that two splits share which must not.
+
+    Calibration, validation and test of what is calibrated on are held against each other, and the former two against
+    the test of every corpus that is measured on.
 
     Arguments: `splits`, corpus -> split -> tokens; `calibration`, the corpus to calibrate on; `measured`, those to
-    measure on; `window`, tokens. Raises InputError.
+    measure on; `window`, tokens; `decode`, as `check_disjoint` takes it. Raises InputError.
     """
     needed = [(calibration, "calibration"), *((corpus, "test") for corpus in measured)]
     for corpus, split in needed:
@@ -128,8 +148,7 @@ def check_run(
                 f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml"
             )
         check_long_enough(f"corpora.{corpus}.{split}", splits[corpus][split].ids, window)
-    held_out = {f"{c}.{s}": splits[c][s].ids for c, s in needed[1:]}
-    for split in ("calibration", "validation"):
-        if split in splits[calibration]:
-            for name, ids in held_out.items():
-                check_disjoint({f"{calibration}.{split}": splits[calibration][split].ids, name: ids})
+    own = [(calibration, split) for split in ("calibration", "validation") if split in splits[calibration]]
+    ids = {(corpus, split): splits[corpus][split].ids for corpus, split in [*own, *needed[1:]]}
+    for one, other in [*combinations(own, 2), *product(own, needed[1:])]:
+        check_disjoint({".".join(pair): ids[pair] for pair in (one, other)}, decode=decode)

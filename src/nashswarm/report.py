@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nashswarm import beside, paper, rendering
+from nashswarm import beside, paper, rendering, seeds
 from nashswarm.artifacts import Layout, read_json, read_tracked, write_bytes
 from nashswarm.bitmap import BitMap, bit_map
 from nashswarm.comparison import Match, matches
@@ -36,6 +36,7 @@ class Run:
     seed: int = 0
     peers: Tracked = field(default_factory=dict)  # of (model, peer)
     extra: Tracked = field(default_factory=dict)  # of (model, method): further ones of ours, to stand beside the peers
+    seeds: Tracked = field(default_factory=dict)  # of (model, method): measured with several calibration seeds
 
     def of(self, model: str) -> dict[str, Mapping[str, Any]]:
         """Method -> metrics of one model, in the order of the methods."""
@@ -68,7 +69,8 @@ def gather(
     names = dict.fromkeys((*active.peers, *peers))
     others = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in names}
     extra = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in methods}
-    return Run(metrics, active.models, active.methods, active.corpora, resamples, seed, others, extra)
+    spreads = {pair: read_tracked(seeds.path(layout, *pair)) for pair in metrics}
+    return Run(metrics, active.models, active.methods, active.corpora, resamples, seed, others, extra, spreads)
 
 
 def write(directory: Path, run: Run, dpi: int) -> None:
@@ -80,6 +82,7 @@ def write(directory: Path, run: Run, dpi: int) -> None:
     blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
     blocks += [*_figure_section(run, dpi), *_market_section(run)]
     found = run.beside()
+    blocks += seeds.section({model: run.of(model) for model in run.models}, run.seeds, run.corpora)
     blocks += [*beside.section(found, run.corpora, run.resamples, run.seed, dpi), *_reading_section(run)]
     for picture in (b for b in blocks if isinstance(b, Picture)):
         write_bytes(directory / picture.name, picture.png)
@@ -707,8 +710,9 @@ def _reading_section(run: Run) -> list[Block]:
                 "over all targets and 99th percentile. Same top token: how often both find the same token most "
                 "likely.",
                 "Limitations: one calibration text and one seed for each method; intervals cover the choice of test "
-                "tokens, not that of the calibration. On text that a model wrote itself (corpus sampled) the rise in "
-                "loss estimates the KL divergence; it says little about other texts. No times are given. What holds "
+                'tokens, not that of the calibration (under "Calibration seeds", where that was measured). On text '
+                "that a model wrote itself (corpus sampled) the rise in loss estimates the KL divergence; it says "
+                "little about other texts. No times are given. What holds "
                 "for small models need not hold for large ones.",
             )
         ),

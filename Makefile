@@ -41,7 +41,7 @@ storm: $(READY)  ## a hundred killed runs, each of which must go on to the same 
 	python -m pytest -m storm -n 2
 
 fuzz: $(READY)  ## hundreds of thousands of damaged packed directories, none of which may pass
-	python -m pytest -m fuzz
+	python -m pytest -m fuzz -n 2
 
 benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's true shapes
 	python tools/benchmark.py

@@ -44,10 +44,10 @@ test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
 	python -m pytest -m scale
 
 storm: $(READY)  ## a hundred killed runs, each of which must go on to the same files
-	python -m pytest -m storm
+	python -m pytest -m storm -n 2
 
 fuzz: $(READY)  ## hundreds of thousands of damaged packed directories, none of which may pass
-	python -m pytest -m fuzz
+	python -m pytest -m fuzz -n 2
 
 benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's true shapes
 	python tools/benchmark.py

@@ -13,7 +13,7 @@ def main(params: Params, model: str) -> None:
     set_threads(params)
     download = LAYOUT.download(model)
     index = artifacts.read_index(download)
-    original = models.load_original(artifacts.read_source(download).open(LAYOUT.root), index)
+    original = models.load_streamed(artifacts.read_source(download).open(LAYOUT.root), index)
     context = min(index.context, params.evaluation.context)
     with artifacts.fresh_directory(LAYOUT.baseline(model)) as target:
         for corpus in params.active.corpora:

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from nashswarm.evaluation import (
     windows,
 )
 from nashswarm.intervals import Blocks, bootstrap, draw
-from nashswarm.loading import load_for_evaluation
+from nashswarm.loading import load
 from nashswarm.models import load_original
 from nashswarm.types import InputError
 
@@ -95,28 +94,14 @@ def test_no_text_that_is_long_enough_is_an_error() -> None:
         paper_texts(split_of([1], lengths=[20]), PaperProtocol(), pad=0)
 
 
-@dataclass
-class Bigram:
-    """A model of three tokens that looks at the last one only; remembers the masks that it was given."""
-
-    masks: list[list[int]]
-    config: Any = dataclasses.field(default_factory=lambda: SimpleNamespace(eos_token_id=2))
-
-    def __call__(self, ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
-        self.masks += attention_mask.tolist()
-        rows = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.125, 0.75]])
-        return SimpleNamespace(logits=rows.log()[ids] + 7)
-
-
 def test_paper_losses_by_hand() -> None:
     """Text 0 1, padded with EOS = 2: targets 1 2 2 after 0 1 2. Text 1 1 0 0 0 1: cut, targets 1 0 0 after 1 1 0."""
-    model = Bigram([])
-    found = paper_losses(model, split_of([0, 1], [1, 1, 0, 0, 0, 1]), PaperProtocol(texts=(2,), length=4))  # type: ignore[arg-type]
+    rows = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.125, 0.75]]).log() + 7
+    texts, _ = paper_texts(split_of([0, 1], [1, 1, 0, 0, 0, 1]), PaperProtocol(texts=(2,), length=4), pad=2)
+    found = np.array([evaluation._text_loss(rows[ids], ids) for ids in torch.from_numpy(texts)])
     padded = -(math.log(0.25) + math.log(0.25) + math.log(0.75)) / 3
     cut = -(math.log(0.5) + math.log(0.25) + math.log(0.5)) / 3
-    assert found.dtype == np.float64
     assert found == pytest.approx([padded, cut], rel=1e-6)
-    assert model.masks == [[1, 1, 0, 0], [1, 1, 1, 1]]
     figures = paper_figures(
         losses_of([1], [1], [1], paper_losses=found, original_paper_losses=np.array([1.0, 1.0])),
         paper(texts=(2,)),
@@ -127,16 +112,29 @@ def test_paper_losses_by_hand() -> None:
     assert figures["delta_loss_percent"] == pytest.approx(100 * (mean - 1), rel=1e-5)
 
 
-def test_the_first_of_several_eos_tokens_pads() -> None:
-    model = Bigram([], config=SimpleNamespace(eos_token_id=[2, 0]))
-    several = paper_losses(model, split_of([0, 1]), PaperProtocol(length=4))  # type: ignore[arg-type]
-    assert several == pytest.approx(paper_losses(Bigram([]), split_of([0, 1]), PaperProtocol(length=4)))  # type: ignore[arg-type]
+@pytest.fixture
+def short_of_eos(quantizable: Models, split: Splits) -> Callable[[object], np.ndarray]:
+    """eos_token_id of the config -> the losses of texts that are padded with it."""
+    model, texts = quantizable("gpt2"), split("gpt2")
+
+    def losses(eos: object) -> np.ndarray:
+        original = load_original(model.checkpoint.directory, model.index)
+        original.config.eos_token_id = eos
+        return paper_losses(original, texts, SETTINGS.paper, no_progress)
+
+    return losses
+
+
+def test_the_first_of_several_eos_tokens_pads(short_of_eos: Callable[[object], np.ndarray]) -> None:
+    first, other = short_of_eos(2), short_of_eos(7)
+    assert np.array_equal(short_of_eos([2, 7]), first)
+    assert not np.array_equal(first, other)
 
 
 @pytest.mark.parametrize("eos", [None, []])
-def test_a_model_without_eos_is_an_error(eos: object) -> None:
+def test_a_model_without_eos_is_an_error(eos: object, short_of_eos: Callable[[object], np.ndarray]) -> None:
     with pytest.raises(InputError, match="no eos_token_id; the paper's protocol pads with it"):
-        paper_losses(Bigram([], config=SimpleNamespace(eos_token_id=eos)), split_of([0, 1]), PaperProtocol())  # type: ignore[arg-type]
+        short_of_eos(eos)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +147,7 @@ def test_paper_losses_are_transformers_own(family: str, quantizable: Models, spl
     for row, seen in zip(torch.from_numpy(ids), torch.from_numpy(mask), strict=True):
         with torch.inference_mode():
             expected.append(float(model(row[None], attention_mask=seen[None], labels=row[None]).loss))
-    assert paper_losses(model, texts, SETTINGS.paper) == pytest.approx(expected, abs=6e-6)
+    assert paper_losses(model, texts, SETTINGS.paper, no_progress) == pytest.approx(expected, abs=6e-6)
 
 
 def paper(**settings: Any) -> Evaluation:
@@ -206,7 +204,7 @@ def case(request: pytest.FixtureRequest, packed: PackedModels, quantizable: Mode
     family = request.param
     model, texts = quantizable(family), split(family)
     original = load_original(model.checkpoint.directory, model.index)
-    quantized = load_for_evaluation(packed(family, "rtn3-g64").opened, model.checkpoint.directory, model.index)
+    quantized = load(packed(family, "rtn3-g64").directory)
     head = original_head(model.checkpoint.directory, model.index)
 
     def measured(which: Any, batch_tokens: int = SETTINGS.batch_tokens) -> Losses:
@@ -292,16 +290,11 @@ def test_a_rest_of_any_length_is_measured_alike(rest: int, quantizable: Models, 
 
 
 def test_measuring_leaves_gradients_as_they_were(quantizable: Models, split: Splits) -> None:
-    """A generator that yields inside of inference mode would hand that mode to its caller, for good."""
     model, texts = quantizable("gpt2"), split("gpt2")
     original = load_original(model.checkpoint.directory, model.index)
     baseline = original_outputs(original, texts, SETTINGS, CONTEXT, no_progress)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-    states = hidden_states(original, texts.ids, CONTEXT, CONTEXT)
-    next(states)
-    assert not torch.is_inference_mode_enabled()
-    states.close()
     measure(
         original,
         original_head(model.checkpoint.directory, model.index),
@@ -320,7 +313,7 @@ def test_hidden_states_make_the_models_logits(quantizable: Models, split: Splits
     original = load_original(model.checkpoint.directory, model.index)
     head = original_head(model.checkpoint.directory, model.index)
     ids = split("opt").ids[: 2 * CONTEXT]
-    states = list(hidden_states(original, ids, CONTEXT, 2 * CONTEXT))
+    states = hidden_states(original, ids, CONTEXT, 2 * CONTEXT, no_progress)
     with torch.inference_mode():
         logits = original(torch.from_numpy(ids.astype(np.int64)).view(2, CONTEXT)).logits
     assert torch.equal(torch.stack([head(s) for s in states]), logits)

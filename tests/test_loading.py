@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,13 +13,24 @@ import yaml
 from conftest import CONTEXT, FAMILIES, PROJECT, VOCABULARY, Models, Packed
 
 from nashswarm.loading import dequantized, load, load_for_evaluation
-from nashswarm.models import load_original
-from nashswarm.types import NashSwarmError
+from nashswarm.models import BlockWeights, load_original
+from nashswarm.types import InputError, NashSwarmError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
 IDS = torch.arange(2 * CONTEXT).view(2, CONTEXT) * 5 % VOCABULARY
 
 PackedModels = Callable[[str, str], Packed]
+
+
+def held(model: PreTrainedModel) -> PreTrainedModel:
+    """With every block's weights in memory."""
+    for module in model.modules():
+        if isinstance(weights := getattr(module, "streamed", None), BlockWeights):
+            weights.hold()
+    return model
 
 
 @pytest.mark.filterwarnings("error")
@@ -26,7 +40,7 @@ def test_loaded_weights_are_the_quantizers_bit_for_bit(
     family: str, method: str, packed: PackedModels, quantizable: Models
 ) -> None:
     made, model = packed(family, method), quantizable(family)
-    loaded = load_for_evaluation(made.opened, model.checkpoint.directory, model.index)
+    loaded = held(load_for_evaluation(made.opened, model.checkpoint.directory, model.index))
     stores = made.method.codec != "source"
     for spec in model.index.tensors:
         expected = made.meant[spec.name] if stores else model.checkpoint.tensor(spec)
@@ -67,6 +81,17 @@ def test_the_baseline_is_the_checkpoint_itself(packed: PackedModels, quantizable
     loaded = load_for_evaluation(packed("gpt2", "fp32").opened, model.checkpoint.directory, model.index)
     with torch.inference_mode():
         assert torch.equal(loaded(IDS).logits, load_original(model.checkpoint.directory, model.index)(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "vectors"])
+def test_weights_of_another_model_are_not_measured_as_this_ones(
+    kind: str, packed: PackedModels, quantizable: Models
+) -> None:
+    made, model = packed("gpt2", "rtn4-g64").opened, quantizable("gpt2")
+    name = next(iter(getattr(made, kind)))
+    less = dataclasses.replace(made, **{kind: {n: v for n, v in getattr(made, kind).items() if n != name}})
+    with pytest.raises(InputError, match=rf"{re.escape(name)} has shape None, but .* says \("):
+        load_for_evaluation(less, model.checkpoint.directory, model.index)
 
 
 def test_a_baseline_cannot_be_loaded_alone(packed: PackedModels) -> None:

@@ -7,15 +7,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, Models, no_progress
+from conftest import FAMILIES, VOCABULARY, Models, Packed, no_progress
 from torch import Tensor
 
-from nashswarm.blocks import Blocks
+from nashswarm.blocks import Blocks, outputs_by_block
 from nashswarm.config import Scoring
+from nashswarm.loading import load, load_for_evaluation
 from nashswarm.models import BlockWeights, load_original, load_streamed
 from nashswarm.propagation import Propagation
 from nashswarm.quantize import Model
 from nashswarm.statistics import gather
+
+PackedModels = Callable[[str, str], Packed]
 
 IDS = np.random.default_rng(0).integers(0, VOCABULARY, 700).astype(np.int32)
 SCORING = Scoring(tokens=512, batch_tokens=128)
@@ -55,6 +58,24 @@ def test_logits_are_the_originals(family: str, quantizable: Models) -> None:
         assert torch.equal(streamed(windows).logits, original(windows).logits)
     assert all(bool(p.isnan().all()) for p in in_blocks(model, streamed))
     assert sum(p.untyped_storage().nbytes() for p in in_blocks(model, streamed)) == 4 * len(in_blocks(model, streamed))
+
+
+@pytest.mark.parametrize("method", ["fp32", "rtn4-g64", "nash"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_holds_one_block(
+    family: str, method: str, packed: PackedModels, quantizable: Models, most: Callable[[], int]
+) -> None:
+    made, model = packed(family, method), quantizable(family)
+    streamed = load_for_evaluation(made.opened, model.checkpoint.directory, model.index)
+    batches = [{"input_ids": torch.from_numpy(IDS[i : i + 64].astype(np.int64)).view(2, -1)} for i in (0, 64)]
+    found = outputs_by_block(streamed, batches, no_progress)
+    assert most() == 1
+    stored = method != "fp32"
+    whole = load(made.directory) if stored else load_original(model.checkpoint.directory, model.index)
+    with torch.inference_mode():
+        for states, batch in zip(found, batches, strict=True):
+            assert torch.equal(states, whole.base_model(**batch)[0])
+    assert all(bool(p.isnan().all()) for p in in_blocks(model, streamed))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

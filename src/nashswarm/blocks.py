@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm.models import BlockWeights, block_path
-from nashswarm.types import InputError, ModelIndex
+from nashswarm.types import InputError, ModelIndex, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,19 +54,18 @@ class Blocks:
 
     def hold(self, layer: int) -> None:
         """Keep a block's weights in memory until `drop`, where the model is one whose blocks are streamed."""
-        if isinstance(weights := getattr(self.blocks[layer], "streamed", None), BlockWeights):
+        if weights := _streamed(self.blocks[layer]):
             weights.hold()
 
     def drop(self, layer: int) -> None:
         """The opposite of `hold`."""
-        if isinstance(weights := getattr(self.blocks[layer], "streamed", None), BlockWeights):
+        if weights := _streamed(self.blocks[layer]):
             weights.drop()
 
     def run(self, layer: int, number: int, hidden: Tensor) -> Tensor:
         """The output of a block for batch `number`: [windows, context, width] -> the same."""
         arguments, keywords = self.calls[number]
-        output: Tensor | tuple[Tensor, ...] = self.blocks[layer](hidden, *arguments, **keywords)
-        return output[0] if isinstance(output, tuple) else output
+        return _first(self.blocks[layer](hidden, *arguments, **keywords))
 
     def name_of(self, module: nn.Module) -> str:
         """The canonical name of a module's weight."""
@@ -80,6 +79,56 @@ class Blocks:
     def names(self) -> dict[int, str]:
         """Identity of each matrix -> its name."""
         return {id(self.model.get_parameter(t.name)): t.name for t in self.index.tensors}
+
+
+def outputs_by_block(
+    model: PreTrainedModel, inputs: Sequence[Mapping[str, Tensor]], progress: Progress
+) -> list[Tensor]:
+    """What the model makes of each batch, before its head; a block at a time, so that a streamed one is read once.
+
+    Arguments: `inputs`, of the model: ids and the like, int64 [windows, tokens]. Returns float32 [windows, tokens,
+    width] of each, bit for bit what `model.base_model` gives.
+    """
+    blocks = model.get_submodule(block_path(model))
+    assert isinstance(blocks, nn.ModuleList)
+    states, calls = [], []
+    with torch.inference_mode():
+        with _held(blocks[0]):
+            for batch in inputs:
+                call = called_with(blocks[0], partial(model.base_model, **batch, use_cache=False))
+                assert call is not None
+                (state, *arguments), keywords = call
+                states.append(state)
+                calls.append((arguments, keywords))
+        for layer in progress(range(len(blocks)), "layers"):
+            with _held(blocks[layer]):
+                for number, (arguments, keywords) in enumerate(calls):
+                    states[number] = _first(blocks[layer](states[number], *arguments, **keywords))
+        for number, batch in enumerate(inputs):
+            with replaced_blocks(model, blocks, states[number]):
+                states[number] = model.base_model(**batch, use_cache=False)[0]
+    return states
+
+
+def _streamed(block: nn.Module) -> BlockWeights | None:
+    weights = getattr(block, "streamed", None)
+    return weights if isinstance(weights, BlockWeights) else None
+
+
+@contextmanager
+def _held(block: nn.Module) -> Iterator[None]:
+    weights = _streamed(block)
+    if weights:
+        weights.hold()
+    try:
+        yield
+    finally:
+        if weights:
+            weights.drop()
+
+
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def is_projection(module: nn.Module) -> bool:

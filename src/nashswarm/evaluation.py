@@ -11,7 +11,7 @@ than logits, from which the head makes the logits again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nashswarm.blocks import outputs_by_block
 from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
 from nashswarm.models import Checkpoint
@@ -85,38 +86,42 @@ def paper_texts(split: TokenizedSplit, protocol: PaperProtocol, pad: int) -> tup
 # --- running a model -----------------------------------------------------------------------------------------------
 
 
-def hidden_states(model: PreTrainedModel, ids: np.ndarray, context: int, batch_tokens: int) -> Iterator[Tensor]:
-    """The states before the head of each window in turn, float32 [window, width]."""
+def hidden_states(
+    model: PreTrainedModel, ids: np.ndarray, context: int, batch_tokens: int, progress: Progress
+) -> list[Tensor]:
+    """The states before the head of each window, float32 [window, width]."""
     cut = windows(ids, context)
     batch = max(1, batch_tokens // context)
     full = len(cut) - (len(cut[-1]) < context)
     groups = [cut[i : min(i + batch, full)] for i in range(0, full, batch)] + [[w] for w in cut[full:]]
-    for group in groups:
-        with torch.inference_mode():  # left before each yield: the mode is the thread's, not the generator's
-            states = model.base_model(torch.from_numpy(np.stack(group).astype(np.int64)), use_cache=False)[0]
-        yield from states
+    inputs = [{"input_ids": torch.from_numpy(np.stack(group).astype(np.int64))} for group in groups]
+    return [window for states in outputs_by_block(model, inputs, progress) for window in states]
 
 
-def paper_losses(model: PreTrainedModel, split: TokenizedSplit, protocol: PaperProtocol) -> np.ndarray:
+def paper_losses(
+    model: PreTrainedModel, split: TokenizedSplit, protocol: PaperProtocol, progress: Progress
+) -> np.ndarray:
     """Mean loss of each text by the paper's protocol, float64 [texts], nats."""
-    pad = int(_first(model.config.eos_token_id))
-    losses = []
-    for ids, mask in zip(*paper_texts(split, protocol, pad), strict=True):
-        text = torch.from_numpy(ids)[None]
-        with torch.inference_mode():
-            logits = model(text, attention_mask=torch.from_numpy(mask)[None], use_cache=False).logits[0, :-1]
-            losses.append(functional.cross_entropy(logits.double(), text[0, 1:]).item())
-    return np.array(losses)
+    texts = paper_texts(split, protocol, _first(model.config.eos_token_id))
+    rows = [[torch.from_numpy(row)[None] for row in pair] for pair in zip(*texts, strict=True)]
+    inputs = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        states = outputs_by_block(model, inputs, progress)
+        return np.array([_text_loss(head(s)[0], ids[0]) for s, (ids, _) in zip(states, rows, strict=True)])
+
+
+def _text_loss(logits: Tensor, ids: Tensor) -> float:
+    """Mean over all positions but the first: float32 [length, vocabulary], int64 [length] -> nats."""
+    return functional.cross_entropy(logits[:-1].double(), ids[1:]).item()
 
 
 def original_outputs(
     model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
 ) -> Baseline:
     """Run the original model once. Arguments: `context`, tokens per window."""
-    count = len(windows(split.ids, context))
-    states = hidden_states(model, split.ids, context, settings.batch_tokens)
-    hidden = torch.cat([next(states) for _ in progress(range(count), "windows")])
-    return Baseline(hidden.numpy(), paper_losses(model, split, settings.paper))
+    hidden = torch.cat(hidden_states(model, split.ids, context, settings.batch_tokens, progress))
+    return Baseline(hidden.numpy(), paper_losses(model, split, settings.paper, progress))
 
 
 def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
@@ -136,16 +141,16 @@ def measure(
 ) -> Losses:
     """Run a model and compare. Arguments: `head`, the original model's, to make its logits from `baseline.hidden`."""
     cut = windows(split.ids, context)
-    states = hidden_states(model, split.ids, context, settings.batch_tokens)
+    states = hidden_states(model, split.ids, context, settings.batch_tokens, progress)
     own_head = model.get_output_embeddings()
     rows, kls, agreed, start = [], [], 0, 0
-    for window in progress(cut, "windows"):
+    for window, own in zip(progress(cut, "windows"), states, strict=True):
         targets = torch.from_numpy(window[1:].astype(np.int64))
         # Copied to memory that torch aligns: a product of few rows rounds otherwise by the alignment of its operands.
         original = torch.from_numpy(baseline.hidden[start : start + window.size]).clone()
         start += window.size
         with torch.inference_mode():
-            quantized = next(states).clone()
+            quantized = own.clone()
             loss, kl, same, original_loss = _compare(own_head(quantized[:-1]), head(original[:-1]), targets)
         rows.append((loss, original_loss, len(targets)))
         kls.append(kl)
@@ -157,7 +162,7 @@ def measure(
         original_window_losses=original_losses,
         kl=np.concatenate(kls),
         agreement=agreed / int(counts.sum()),
-        paper_losses=paper_losses(model, split, settings.paper),
+        paper_losses=paper_losses(model, split, settings.paper, progress),
         original_paper_losses=baseline.paper_losses,
     )
 

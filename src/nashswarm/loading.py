@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nashswarm.artifacts import copy_files, fresh_directory
 from nashswarm.config import load_room
-from nashswarm.models import build_model, fill, is_transposed, load_model, load_original
+from nashswarm.models import build_model, fill, is_transposed, load_model, load_streamed
 from nashswarm.packed import MANIFEST, PackedError, PackedModel, open_packed
 from nashswarm.resident import PackedWeight, keep_packed
 from nashswarm.types import InputError, ModelIndex, NashSwarmError, PackedTensor
@@ -71,10 +71,29 @@ def _save_again(packed: Path, save_directory: Path | str, **_: Any) -> None:
 
 
 def load_for_evaluation(packed: PackedModel, original: Path, index: ModelIndex) -> PreTrainedModel:
-    """As `load`; a baseline that stores no weights is taken from the checkpoint in `original`."""
+    """As `load`, with a block's matrices decoded only while it runs or is held (`models.load_streamed`).
+
+    A baseline that stores no weights is taken from the checkpoint in `original`.
+    Raises PackedError, of matrices when they are decoded, InputError where the weights are not those of `index`.
+    """
     if packed.provenance.method["codec"] == "source":
-        return load_original(original, index)
-    return load_model(packed.directory, dequantized(packed))
+        return load_streamed(original, index)
+    shapes = {t.name: t.shape for t in index.tensors} | {v.name: v.shape for v in index.vectors}
+    found = {n: t.shape for n, t in packed.tensors.items()} | {n: v.shape for n, v in packed.vectors.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            raise InputError(
+                f"{packed.directory}: {name} has shape {found.get(name)}, but {original} says {shapes.get(name)}"
+            )
+    return load_streamed(packed.directory, index, partial(_stored, packed, {t.name: t.kind for t in index.tensors}))
+
+
+def _stored(packed: PackedModel, kinds: Mapping[str, str], name: str) -> Tensor:
+    """A parameter as the model stores it."""
+    if name in packed.vectors:
+        return torch.from_numpy(np.array(packed.vectors[name], np.float32))
+    weight = _decode(packed, name, packed.tensors[name])
+    return weight.T.contiguous() if kinds[name] == "conv1d" else weight
 
 
 def dequantized(packed: PackedModel) -> Iterator[tuple[str, Tensor]]:

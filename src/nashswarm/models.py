@@ -376,17 +376,20 @@ class BlockWeights:
             parameter.data = torch.full((1, 1), torch.nan).expand(parameter.shape)
 
 
-def load_streamed(directory: Path, index: ModelIndex) -> PreTrainedModel:
-    """As `load_original`, but with a block's matrices in memory only while it runs or its `streamed` holds them."""
-    checkpoint, model = Checkpoint.open(directory, index), build_model(directory)
+def load_streamed(directory: Path, index: ModelIndex, read: Callable[[str], Tensor] | None = None) -> PreTrainedModel:
+    """As `load_original`, but with a block's matrices in memory only while it runs or its `streamed` holds them.
+
+    Arguments: `read`, a parameter's name -> float32, contiguous, as the model stores it; else the checkpoint's.
+    """
+    read, model = read or Checkpoint.open(directory, index).read, build_model(directory)
     blocks: list[dict[str, nn.Parameter]] = [{} for _ in range(index.layers)]
     for tensor in index.tensors:
         if tensor.layer is not None:
             blocks[tensor.layer][tensor.name] = model.get_parameter(tensor.name)
     for block, matrices in zip(model.get_submodule(block_path(model)).children(), blocks, strict=True):
-        block.streamed = BlockWeights(block, matrices, checkpoint.read)
+        block.streamed = BlockWeights(block, matrices, read)
     for name in (*(t.name for t in index.tensors if t.layer is None), *(v.name for v in index.vectors)):
-        model.get_parameter(name).data.copy_(checkpoint.read(name))
+        model.get_parameter(name).data.copy_(read(name))
     return model.requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, Models
 from safetensors.numpy import load, save
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from nashswarm.allocators import percentile
 from nashswarm.bitpack import unpack
 from nashswarm.codecs import classes, coded, gptq, grouped, kept, source, tiles, uniform
 from nashswarm.config import load_room
-from nashswarm.types import Choice, Job, NashSwarmError, Offer, PackedTensor, Part, Statistics, TensorSpec
+from nashswarm.types import Choice, InputError, Job, NashSwarmError, Offer, PackedTensor, Part, Statistics, TensorSpec
 
 NAME = "model.layers.3.mlp.up.weight"
 FLOAT32, FLOAT16 = 2.0**-24, 2.0**-11  # relative rounding errors
@@ -597,3 +597,48 @@ def test_source_stores_nothing_and_says_where_the_weights_are() -> None:
     assert packed.shape == (4, 8)
     with pytest.raises(NashSwarmError, match="stores no weights; load the checkpoint"):
         source.decode(packed)
+
+
+# --- offers of whole matrices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("codec", ["grouped", "gptq"])
+def test_an_offer_states_the_bytes_and_the_damage_of_each_width(
+    codec: str, symmetric: bool, quantizable: Models
+) -> None:
+    """Bytes of the arrays; of `grouped` the damage by its definition, with both sides of the quadratic model."""
+    model = quantizable("gpt2")
+    room = load_room("codecs", codec)
+    settings = room.Settings(group=32, symmetric=symmetric)
+    tensor = next(t for t in model.index.tensors if "c_proj" in t.name)
+    job = Job(tensor, model.checkpoint.tensor(tensor), Choice(), statistics=model.statistics(tensor.name))
+    candidates = room.offer(job, settings)
+    assert candidates.whole
+    statistics = job.statistics
+    assert statistics is not None
+    assert statistics.second_moment is not None
+    assert statistics.fisher is not None
+    for i, bits in enumerate(candidates.options):
+        packed = room.encode(dataclasses.replace(job, choice=Choice(bits=int(bits))), settings)
+        assert candidates.size[0, i] == sum(a.nbytes for a in packed.arrays.values())
+        if codec == "grouped":
+            error = (room.decode(packed) - job.weight).double().numpy()
+            damage = 0.5 * statistics.fisher @ ((error @ statistics.second_moment) * error).sum(1)
+            assert candidates.distortion[0, i] == pytest.approx(damage, rel=1e-5)
+    assert (np.diff(candidates.distortion[0]) < 0).all()
+
+
+@pytest.mark.parametrize("codec", ["grouped", "gptq"])
+def test_an_offer_without_statistics_is_an_error(codec: str, quantizable: Models) -> None:
+    model = quantizable("gpt2")
+    room = load_room("codecs", codec)
+    tensor = model.index.tensors[0]
+    with pytest.raises(InputError, match="no statistics; run the score stage"):
+        room.offer(Job(tensor, model.checkpoint.tensor(tensor), Choice()), room.Settings())
+
+
+@pytest.mark.parametrize("widths", [(), (8, 4), (4, 4), (1, 2), (5,)])
+def test_widths_that_a_grid_has_not_are_an_error(widths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="are not rising widths out of"):
+        load_room("codecs", "grouped").Settings(widths=widths)

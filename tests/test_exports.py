@@ -13,10 +13,11 @@ import torch
 from conftest import VOCABULARY, Packed, no_progress
 
 from nashswarm import artifacts, models, quantize
-from nashswarm.config import parse_method
+from nashswarm.config import Scoring, parse_method
 from nashswarm.exports import ExportError, _gguf_blocks, _grid, export
 from nashswarm.loading import dequantized, load
 from nashswarm.packed import open_packed
+from nashswarm.statistics import gather
 from nashswarm.types import InputError, NashSwarmError
 
 gguf = pytest.importorskip("gguf")
@@ -30,7 +31,7 @@ WIDTH = 64
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, tokenizers: Callable[[str], Path]) -> Make:
-    """(family, **settings of the codec) -> a packed model whose rows are a multiple of 32."""
+    """(family, **settings of the method) -> a packed model whose rows are a multiple of 32."""
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
     common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -55,8 +56,14 @@ def make(tmp_path_factory: pytest.TempPathFactory, tokenizers: Callable[[str], P
         index = models.describe(root / "model")
         record = artifacts.SourceRecord("path", str(root / "model"), None, None, {})
         checkpoint = models.Checkpoint.open(root / "model", index)
-        model = quantize.Model(family, index, record, checkpoint, lambda name: None)
-        method = parse_method("m", {"allocator": "uniform", "scope": scope, "codec": codec, "bits": 4, **settings})
+        ids = np.random.default_rng(0).integers(0, VOCABULARY, 512).astype(np.int32)
+        found = {}
+        if "allocator" in settings or codec == "gptq":
+            original = models.load_original(root / "model", index)
+            found = {t.name: s for t, s in gather(original, index, ids, Scoring(512, 256), no_progress)}
+        model = quantize.Model(family, index, record, checkpoint, found.get)
+        given = settings if "allocator" in settings else {"allocator": "uniform", "bits": 4, **settings}
+        method = parse_method("m", {"scope": scope, "codec": codec, **given})
         allocation = quantize.allocate(model, method, no_progress)
         quantize.pack(model, method, allocation, np.zeros(1, np.int32), root / "packed", no_progress)
         return root / "packed"
@@ -129,6 +136,38 @@ def test_compressed_tensors_holds_every_weight(family: str, bits: int, group: in
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, quantization_config=dense)
     for name, weight in dequantized(open_packed(packed)):
         assert torch.equal(theirs.get_parameter(name), weight), name
+
+
+# --- a market for what can be expressed ----------------------------------------------------------------------------
+
+
+def between(make: Make, family: str, fused: bool = False, **settings: Any) -> Path:
+    """A market's purchase of widths 4 and 8, half way between all at 4 bits and all at 8."""
+    least, most = (open_packed(make(family, bits=bits, **settings)).size.file_bytes for bits in (4, 8))
+    budget = (least + most) // 2
+    return make(family, allocator="market", budget_bytes=budget, widths=[4, 8], fused=fused, **settings)
+
+
+@pytest.mark.parametrize("codec", ["grouped", "gptq"])
+def test_a_market_of_fused_widths_goes_to_compressed_tensors(codec: str, make: Make, tmp_path: Path) -> None:
+    packed = between(make, "llama", scope="linear", codec=codec, group=32, symmetric=True, fused=True)
+    opened = open_packed(packed)
+    bits = {name: tensor.scalars["bits"] for name, tensor in opened.tensors.items() if "bits" in tensor.scalars}
+    assert {*bits.values()} == {4, 8}
+    for layer in (0, 1):
+        for team in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({bits[f"model.layers.{layer}.{module}.weight"] for module in team}) == 1
+    assert export(packed, tmp_path / "out", "compressed-tensors") > 0
+
+
+def test_a_market_of_two_widths_goes_to_gguf(make: Make, tmp_path: Path) -> None:
+    packed = between(make, "gpt2", group=32, symmetric=True)
+    export(packed, tmp_path / "out", "gguf")
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
+    assert kinds == {"F32", "Q4_0", "Q8_0"}
+    certificate = open_packed(packed).provenance.certificate
+    assert certificate["predicted_rise"] > 0
+    assert set(certificate["histogram"]) == {"4", "8"}
 
 
 # --- what cannot be expressed --------------------------------------------------------------------------------------

@@ -253,7 +253,7 @@ def _gguf_tokenizer(writer: Any, directory: Path, config: dict[str, Any]) -> Non
 def _write_compressed_tensors(packed: PackedModel, target: Path) -> int:
     import torch
     from safetensors.torch import save
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoModelForCausalLM
 
     from nashswarm.models import skeleton
 
@@ -281,9 +281,10 @@ def _write_compressed_tensors(packed: PackedModel, target: Path) -> int:
     quantized = {module for modules in schemes.values() for module in modules}
     idle = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in quantized]
     write_json(target / CONFIG, config | {"quantization_config": _scheme(schemes, idle)})
-    dense = CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings(action="ignore"):  # that it takes the rest from config.json
-        loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, quantization_config=dense)
+    with warnings.catch_warnings(action="ignore"):  # of what the format can have and ours has not
+        # Not `dequantize=True`: that way transformers (5.23) reads all modules by the first group's width.
+        loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        loaded.hf_quantizer.compressor.decompress_model(loaded)
     for name, weight in dequantized(packed):
         if not torch.equal(loaded.get_parameter(name), weight):
             raise NashSwarmError(f"{target}: {name} reads back differently; this export cannot be used")

@@ -108,6 +108,7 @@ class Candidates:
     continuous: bool  # whether options between two neighbours exist
     weights: np.ndarray  # int64 [players]
     per_strip: int = 1  # tiles side by side in a strip of rows
+    whole: bool = False  # the one player is the matrix, which has one width
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ BUYS = "candidates"
 NEEDS_IMPORTANCE = False
 FINE = 32  # options put between two neighbours where options are continuous: steps of 0.5 % at 1/4 octave
 PRICES = 1e-30, 1e6  # nats per byte; bisection runs between them
+# Matrices of a block that programs multiply as one, and then want in one width.
+TEAMS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROUNDS = 200  # of bisection: the two prices meet to the last bit
 
 
@@ -32,6 +34,7 @@ class Settings:
     budget: float | None = None  # bits per weight
     budget_bytes: int | None = None
     target_rise: float | None = None  # nats per token, as predicted by the quadratic model
+    fused: bool = False  # q, k and v of a block, and gate and up, buy one width as one player
 
     def __post_init__(self) -> None:
         given = [k for k in ("budget", "budget_bytes", "target_rise") if getattr(self, k) is not None]
@@ -73,7 +76,8 @@ def allocate(offers: Iterable[Offer], settings: Settings, ledger: Ledger | None 
     """The equilibrium at the budget. Raises ValueError where even the coarsest options do not fit."""
     offers = list(offers)
     grids = [_fine(offer.candidates) for offer in offers if offer.candidates is not None]
-    table = _table(grids)
+    owners = _owners(offers, grids, settings.fused)
+    table = _summed(_table(grids), owners)
     ledger = ledger or Ledger(sum(o.tensor.weights for o in offers), 0.0)
     asked = asked_bytes(settings, ledger.parameters)
     if asked is None:
@@ -85,7 +89,7 @@ def allocate(offers: Iterable[Offer], settings: Settings, ledger: Ledger | None 
         spendable = asked - ledger.overhead
         price = price_for(table, spendable)
         picked = spend(table, respond(table, price), price, spendable)
-    return _allocation(offers, grids, table, picked, price, spendable, asked)
+    return _allocation(offers, grids, table, picked, owners, price, spendable, asked)
 
 
 # --- the game ------------------------------------------------------------------------------------------------------
@@ -201,20 +205,53 @@ def _table(grids: Sequence[Candidates]) -> Table:
     return Table(np.concatenate([padded(g.size) for g in grids]), np.concatenate([padded(g.distortion) for g in grids]))
 
 
+def _owners(offers: Sequence[Offer], grids: Sequence[Candidates], fused: bool) -> np.ndarray:
+    """Who buys for each piece, int64 [pieces]: itself, or the team that its matrix belongs to."""
+    owners: list[int] = []
+    teams: dict[object, int] = {}
+    for offer, grid in zip(offers, grids, strict=True):
+        if fused and not grid.whole:
+            raise ValueError(f"fused: {offer.tensor.name} has no one width to share; use codec grouped or gptq")
+        team = _team(offer) if fused else None
+        for piece in range(len(grid.size)):
+            key = (offer.tensor.name, piece) if team is None else team
+            owners.append(teams.setdefault(key, len(teams)))
+    return np.array(owners)
+
+
+def _team(offer: Offer) -> tuple[int, int] | None:
+    module = offer.tensor.name.removesuffix(".weight").rpartition(".")[2]
+    found = [number for number, team in enumerate(TEAMS) if module in team]
+    return (offer.tensor.layer, found[0]) if found and offer.tensor.layer is not None else None
+
+
+def _summed(table: Table, owners: np.ndarray) -> Table:
+    """The owners' tables: what their pieces cost together."""
+
+    def added(values: np.ndarray) -> np.ndarray:
+        total = np.zeros((owners.max() + 1, values.shape[1]))
+        np.add.at(total, owners, values)
+        return total
+
+    return Table(added(table.size), added(table.distortion))
+
+
 def _allocation(
     offers: Sequence[Offer],
     grids: Sequence[Candidates],
     table: Table,
     picked: np.ndarray,
+    owners: np.ndarray,
     price: float,
     spendable: float,
     asked: int | None,
 ) -> Allocation:
+    bought = picked[owners]
     choices: dict[str, Choice] = {}
     histogram: Counter[int] = Counter()
     start = 0
     for offer, grid in zip(offers, grids, strict=True):
-        own = np.minimum(picked[start : start + len(grid.size)], len(grid.options) - 1)
+        own = np.minimum(bought[start : start + len(grid.size)], len(grid.options) - 1)
         start += len(own)
         choices[offer.tensor.name] = _choice(offer, grid, own)
         histogram.update(_bits(offer, grid, own))
@@ -235,6 +272,8 @@ def _choice(offer: Offer, grid: Candidates, own: np.ndarray) -> Choice:
         around = [max(at - FINE, 0), min(at + FINE, len(grid.options) - 1)]
         slope = float(np.diff(grid.size[0, around])[0] / np.diff(grid.options[around])[0])
         return Choice(step=-float(grid.options[at]), size=float(grid.size[0, at]), slope=slope)
+    if grid.whole:
+        return Choice(bits=int(grid.options[own[0]]))
     digits = "".join(str(int(b)) for b in grid.options[own])
     strips = len(digits) // grid.per_strip
     return Choice(tiles=tuple(digits[i * grid.per_strip : (i + 1) * grid.per_strip] for i in range(strips)))

@@ -7,6 +7,7 @@ A codec is a module with
     WIDTHS: tuple[int, ...]                     the widths in bits that an allocator may choose from
     encode(job: Job, settings) -> PackedTensor  real bits, nothing that a decoder could not read back
     decode(packed: PackedTensor) -> Tensor      float32 [out, in], exactly the weights that `encode` meant
+    offer(job: Job, settings) -> Candidates     where SELLS has candidates: bytes and damage of what a market can buy
 
 `tests/test_codecs.py` checks every file here against this contract.
 """

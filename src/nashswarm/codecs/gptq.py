@@ -13,20 +13,18 @@ from torch import Tensor
 from nashswarm import feedback
 from nashswarm.codecs import grouped
 from nashswarm.codecs.grouped import SELLS, WIDTHS, Settings
-from nashswarm.types import InputError, Job, PackedTensor
+from nashswarm.types import Candidates, Job, PackedTensor
 
-__all__ = ["SELLS", "WIDTHS", "Settings", "decode", "encode"]
+__all__ = ["SELLS", "WIDTHS", "Settings", "decode", "encode", "offer"]
 
 
 def encode(job: Job, settings: Settings) -> PackedTensor:
     """As `grouped.encode`, with feedback. Raises InputError where the matrix has no statistics."""
     if job.tensor.part in ("embedding", "head"):
         return grouped.encode(job, settings)
-    if job.statistics is None:
-        raise InputError(f"{job.tensor.name}: codec 'gptq' needs statistics; run the score stage")
     assert job.choice.bits is not None
     bits, group = job.choice.bits, settings.group_of(job.tensor)
-    moment = feedback.curvature(job.statistics, job.tensor.name).inputs
+    moment = grouped.curvature(job).inputs
     scales, zeros = grouped.row_grids(job, bits, group, settings, moment.diagonal().float())
     codes = torch.empty(job.tensor.shape[::-1], dtype=torch.uint8)
 
@@ -39,6 +37,15 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     feedback.round_with_feedback(job.weight, feedback.factor(moment, job.tensor.name), quantize)
     grids = (scales, None if settings.symmetric else zeros)
     return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), *grids, bits, group)
+
+
+def offer(job: Job, settings: Settings) -> Candidates:
+    """As `grouped.offer`, errors priced as feedback leaves them."""
+    if job.tensor.part in ("embedding", "head"):
+        return grouped.offer(job, settings)
+    model = grouped.curvature(job)
+    steps = feedback.factor(model.inputs, job.tensor.name).step.double()
+    return grouped.priced(job, settings, lambda error: float((error / steps).square().sum(1) @ model.rows))
 
 
 def decode(packed: PackedTensor) -> Tensor:

@@ -9,16 +9,19 @@ power).
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm import feedback
 from nashswarm.bitpack import pack, unpack
-from nashswarm.types import InputError, Job, PackedTensor, TensorSpec
+from nashswarm.types import Candidates, Choice, InputError, Job, PackedTensor, TensorSpec
 
-SELLS = ("widths",)
+SELLS = ("widths", "candidates")
 WIDTHS = (2, 3, 4, 8)
 CLIPS = tuple(1 - 0.04 * i for i in range(16))  # 1.00 down to 0.40 of the range: 2 bits want about 0.6, 4 bits 0.9
 CHUNK = 1 << 24  # weights per round of the search; bounds its temporaries to about 0.3 GiB
@@ -32,8 +35,11 @@ class Settings:
     embedding_group: int | None = None
     clip_search: bool = True
     symmetric: bool = False
+    widths: tuple[int, ...] = WIDTHS  # that a market may buy
 
     def __post_init__(self) -> None:
+        if not self.widths or not {*self.widths} <= {*WIDTHS} or list(self.widths) != sorted({*self.widths}):
+            raise ValueError(f"widths: {list(self.widths)} are not rising widths out of {list(WIDTHS)}")
         for key in ("group", "embedding_group"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -58,6 +64,39 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         pieces.append(codes.to(torch.uint8).reshape(groups.shape[0], -1)[:, : job.tensor.shape[1]])
     grids = (scales, None if settings.symmetric else zeros)
     return packed_groups("grouped", job.tensor, torch.cat(pieces), *grids, bits, group)
+
+
+def offer(job: Job, settings: Settings) -> Candidates:
+    """Bytes and damage of a matrix at every width that is for sale. Raises InputError where it has no statistics."""
+    model = curvature(job)
+    return priced(job, settings, lambda error: float(((error @ model.inputs) * error).sum(1) @ model.rows))
+
+
+def curvature(job: Job) -> feedback.Curvature:
+    """What errors of the matrix cost. Raises InputError where that was not measured."""
+    if job.statistics is None:
+        raise InputError(f"{job.tensor.name}: there are no statistics; run the score stage")
+    return feedback.curvature(job.statistics, job.tensor.name)
+
+
+def priced(job: Job, settings: Settings, damage: Callable[[Tensor], float]) -> Candidates:
+    """One player, rounded to nearest at every width. `damage` of an error, float64 [out, in], twice nats per token."""
+    (rows, columns), group = job.tensor.shape, settings.group_of(job.tensor)
+    grids = rows * -(-columns // group)
+    sizes, damages = [], []
+    for bits in settings.widths:
+        packed = encode(dataclasses.replace(job, choice=Choice(bits=bits)), settings)
+        damages.append(0.5 * damage((decode(packed) - job.weight).double()))
+        zeros = 0 if settings.symmetric else -(-bits * grids // 8)
+        sizes.append(-(-bits * rows * columns // 8) + 2 * grids + zeros)
+    return Candidates(
+        options=np.array(settings.widths, np.float64),
+        size=np.array(sizes, np.float64)[None],
+        distortion=np.minimum.accumulate(np.array(damages))[None],
+        continuous=False,
+        weights=np.array([job.tensor.weights]),
+        whole=True,
+    )
 
 
 def row_grids(job: Job, bits: int, group: int, settings: Settings, power: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ def look(page: str, width: int, directory: Path) -> tuple[dict[str, Any], str]:
     file.write_text(f'<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>{frame}', encoding="utf-8")
     # Without the sandbox, which root cannot have; with a profile of its own, so that no running browser answers.
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]  # its own requests
     command = [str(BROWSER), *flags, f"--user-data-dir={directory / 'profile'}", "--dump-dom", file.as_uri()]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     dumped = re.search(r'<pre id="found">(.+?)</pre>', ran.stdout, re.DOTALL)

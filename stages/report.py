@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from common import LAYOUT, run
 
-from nashswarm import artifacts, report
+from nashswarm import artifacts, distortion, provenance, report
 from nashswarm.config import Params
 
 
@@ -12,8 +14,10 @@ def main(params: Params) -> None:
     """Write report/."""
     tracked, draws = (params.report.peers, params.report.methods), (params.evaluation.resamples, params.evaluation.seed)
     found = report.gather(LAYOUT, params.active, *tracked, *draws)
+    allocations = distortion.gather(LAYOUT, params.active)
+    origin = provenance.gather(LAYOUT, params.active, params.corpora)
     with artifacts.fresh_directory(LAYOUT.report) as target:
-        report.write(target, found, params.report.dpi)
+        report.write(target, replace(found, allocations=allocations, origin=origin), params.report.dpi)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ class Scope:
             return self.places.get(node.id)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             left = self.path(node.left)
-            return None if left is None else f"{left}/{self.text(node.right)}"
+            return None if left is None else f"{left}/{self.text(node.right)}".removeprefix("./")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr == "relative_to":
                 return self.path(node.func.value)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from nashswarm import figures, paper, rendering, report
+from nashswarm import artifacts, figures, paper, provenance, rendering, report
 from nashswarm.bitmap import BitMap
+from nashswarm.config import CorpusSource
 
 PARAMETERS = 8_000_000
 # method -> true bits over the model, bits over its matrices, rise in loss (nats), bits that the paper would claim
@@ -180,6 +181,7 @@ def test_files_are_all_there_and_metrics_are_left_as_they_were(tmp_path: Path) -
     before = copy.deepcopy(metrics)
     names = set(write(tmp_path, metrics))
     pictures = {"frontier-reference-sampled.png", "kl-reference-sampled.png", "bytes-reference.png"}
+    pictures.add("demand-reference.png")
     assert names == {"report.md", "report.html", "tables.tex", "results.csv"} | pictures
     assert metrics == before
 
@@ -242,8 +244,11 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert r"a_b\<i\>&c" in rendering.markdown("x", blocks)
 
 
-def test_latex_is_whole(written: dict[str, bytes]) -> None:
-    tex = written["tables.tex"].decode()
+def test_latex_is_whole(tmp_path: Path) -> None:
+    """Balanced, every row as long as its table is wide, nothing but ASCII: what can be known without an engine."""
+    run = report.Run(with_blocks(fake()), ["reference"], list(METHODS), ["sampled"], origin=hub_origin())
+    report.write(tmp_path, run, 40)
+    tex = (tmp_path / "tables.tex").read_text(encoding="utf-8")
     opened, closed = (re.findall(rf"\\{word}{{(\w+)}}", tex) for word in ("begin", "end"))
     assert sorted(opened) == sorted(closed)
     assert tex.split("\n")[1].startswith(r"\documentclass")
@@ -255,16 +260,41 @@ def test_latex_is_whole(written: dict[str, bytes]) -> None:
     assert tex.isascii()
 
 
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX engine here")
+# Any of them will do; all but tectonic run three times, as the preamble asks.
+ENGINES = {
+    "pdflatex": ("pdflatex", "-halt-on-error", "-interaction=nonstopmode"),
+    "xelatex": ("xelatex", "-halt-on-error", "-interaction=nonstopmode"),
+    "lualatex": ("lualatex", "-halt-on-error", "-interaction=nonstopmode"),
+    "tectonic": ("tectonic", "--print", "--keep-logs"),
+}
+ENGINE = next(filter(shutil.which, ENGINES), None)
+
+
+@pytest.mark.skipif(ENGINE is None, reason="no LaTeX engine here")
 def test_latex_compiles_without_overfull_lines(tmp_path: Path) -> None:
     metrics = with_blocks(fake(["gpt2", "opt-1_3b"], corpora=["my_text", "wikitext2"]))
     metrics["gpt2", "market-tiles-3_25"]["allocation"]["acceptance"] = {"uniform": "gptq3-g128", "accepted": True}
-    write(tmp_path, metrics, ["my_text", "wikitext2"])
-    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "tables.tex"]
-    for _ in range(3):
+    run = report.Run(metrics, ["gpt2", "opt-1_3b"], list(METHODS), ["my_text", "wikitext2"], origin=hub_origin())
+    report.write(tmp_path, run, 40)
+    assert "Paired differences" in (tex := (tmp_path / "tables.tex").read_text())
+    assert f"commit {'b' * 40}" in tex
+    command = [*ENGINES[str(ENGINE)], "tables.tex"]
+    for _ in range(1 if ENGINE == "tectonic" else 3):
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
         assert ran.returncode == 0, ran.stdout[-2000:]
     assert not re.search(r"Overfull|LaTeX Warning|undefined|Missing", ran.stdout), ran.stdout
+
+
+def hub_origin() -> provenance.Origin:
+    """A model and a text of the hub, with the longest hashes and places that they may have."""
+    source = CorpusSource("hub", id="Salesforce/wikitext", config="wikitext-2-raw-v1", revision="b" * 40)
+    record = artifacts.SourceRecord(
+        "hub", "data/staging/gpt2", "openai-community/gpt2-medium", "a" * 40, {"model.safetensors": "c" * 64}
+    )
+    splits = {"test": {"sha256": "d" * 64, "tokens": 283_287, "texts": 2891}}
+    corpus = provenance.Corpus(source, splits)
+    pins = {"torch": "2.13.0"}
+    return provenance.Origin(f"{'e' * 32}.dir", 99, {"gpt2": record}, {("gpt2", "wikitext2"): corpus}, "f" * 64, pins)
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------------
@@ -535,8 +565,10 @@ def test_a_map_shows_every_number_in_its_place() -> None:
 
 def test_layers_set_one_scale_for_all_maps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From the least of market-coded-2_0 to the most of market-tiles-3_25; embeddings, one bit above, do not count."""
-    limits = []
-    monkeypatch.setattr(figures, "bit_map", lambda of, title, ends, dpi: limits.append(ends) or b"")
+    limits, draw = [], figures.bit_map
+    monkeypatch.setattr(
+        figures, "bit_map", lambda of, name, ends, dpi: limits.append(ends) or draw(of, name, ends, dpi)
+    )
     metrics = with_tensors(fake())
     write(tmp_path / "a", metrics)
     assert set(limits) == {(1.999, 3.749)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -196,6 +197,23 @@ def test_make_prepares_the_environment_first(target: str, tmp_path: Path) -> Non
     assert "-m venv" in done.stdout.splitlines()[0]
     assert "constraints.txt" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_show_names_the_commit_and_the_lock() -> None:
+    shown = run(PROJECT, sys.executable, "tools/show.py")
+    assert shown.returncode == 0, shown.stderr
+    lock = hashlib.sha256((PROJECT / "dvc.lock").read_bytes()).hexdigest()
+    commit, _, rest = shown.stdout.strip().split("\n")[-1].partition("; ")
+    assert rest == f"dvc.lock sha256 {lock}"
+    head = run(PROJECT, "git", "rev-parse", "HEAD").stdout.strip()
+    assert commit.startswith(f"commit {head}" if head else "no commit")
+
+
+def test_show_says_where_there_is_no_commit(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import pathlib, show; print(show.commit(pathlib.Path(sys.argv[1])))"
+    )
+    assert run(PROJECT, sys.executable, "-c", code, str(tmp_path)).stdout == "no commit: this is no git repository\n"
 
 
 # --- the recipe of docs/ci.md --------------------------------------------------------------------------------------

@@ -22,15 +22,15 @@ KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class BitMap:
-    """True bits per weight of every matrix; those of one layer and one kind (experts, say) share a cell."""
+    """Bits per weight, or another amount, of every matrix; those of one layer and kind (experts, say) share a cell."""
 
     layers: tuple[int, ...]
     columns: tuple[str, ...]  # kinds of matrix
-    cells: Mapping[tuple[int, str], float]  # (layer, column) -> bits per weight
+    cells: Mapping[tuple[int, str], float]  # (layer, column) -> amount
     outside: Mapping[str, float]  # what lies in no layer: embeddings, head
 
     def values(self) -> list[float]:
-        """All bits that are shown."""
+        """All amounts that are shown."""
         return [*self.cells.values(), *self.outside.values()]
 
 
@@ -40,10 +40,35 @@ def bit_map(rows: Sequence[Sequence[Any]]) -> BitMap | None:
         return None
     inside = [((layer, column(name, part)), n, bits) for name, part, layer, n, bits in rows if layer is not None]
     outside = [(_words(name)[-1], n, bits) for name, _, layer, n, bits in rows if layer is None]
-    cells = _means(inside)
+    return _arranged(_means(inside), _means(outside))
+
+
+def kinds_of(rows: Sequence[Sequence[Any]]) -> dict[str, float]:
+    """Kind of matrix -> true bits per weight over all layers, from the same rows; what lies in no layer by its name."""
+    named = [
+        (_words(name)[-1] if layer is None else column(name, part), n, bits) for name, part, layer, n, bits in rows
+    ]
+    return _means(named)
+
+
+def sum_map(rows: Sequence[tuple[str, str, int | None, float]]) -> BitMap | None:
+    """A map of what adds up: [name, part, layer, amount], a cell holds its matrices' sum. None where there are none."""
+    inside: dict[tuple[int, str], float] = {}
+    outside: dict[str, float] = {}
+    for name, part, layer, amount in rows:
+        if layer is None:
+            outside[_words(name)[-1]] = outside.get(_words(name)[-1], 0.0) + amount
+        else:
+            cell = layer, column(name, part)
+            inside[cell] = inside.get(cell, 0.0) + amount
+    return _arranged(inside, outside) if rows else None
+
+
+def _arranged(cells: Mapping[tuple[int, str], float], outside: Mapping[str, float]) -> BitMap:
+    """Layers in their order, columns in that of KINDS."""
     found = dict.fromkeys(title for _, title in cells)
     columns = [c for c in KINDS if c in found] + [c for c in found if c not in KINDS]
-    return BitMap(tuple(sorted({layer for layer, _ in cells})), tuple(columns), cells, _means(outside))
+    return BitMap(tuple(sorted({layer for layer, _ in cells})), tuple(columns), cells, outside)
 
 
 def column(name: str, part: str) -> str:

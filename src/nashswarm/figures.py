@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 WIDTH = 4.9  # inches; a phone shows it at 0.6 of its size
 INK, FAINT = "#1d2329", "#d9dde2"
 EVEN = 0.21  # luminance of a ground on which letters of INK and white ones stand out alike, 3.9 to 1
+CONTRAST = 4.5  # of letters on white
 NEAR = (  # offsets in points of a label from its point, and which end of it that is; the first that has room is taken
     *((7, 4, "left"), (-7, 4, "right"), (7, -11, "left"), (-7, -11, "right")),
     *((0, 9, "center"), (0, -16, "center"), (9, -3, "left"), (-9, -3, "right"), (-3, -18, "right"), (3, 14, "left")),
@@ -108,6 +110,130 @@ def frontier(points: Sequence[Point], label: str, dpi: int) -> bytes:
     return _png(canvas, dpi)
 
 
+Curve = Sequence[tuple[float, float]]  # (horizontal, vertical), by rising horizontal
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a forest plot: a difference with its interval. Neighbours of the same group stand together."""
+
+    group: str
+    name: str
+    value: float
+    interval: tuple[float, float]
+    resolved: bool  # whether the interval excludes 0
+
+
+LESS, MORE, UNSURE = "#0b6e63", "#b5482f", "#6b7280"  # also told by side of 0, and by a hollow mark
+ROW = 0.185  # inches from line to line
+
+
+def forest(rows: Sequence[Row], dpi: int) -> bytes:
+    """Differences with intervals, one line each below its group's title, as PNG; both sides of 0 are logarithmic."""
+    places, titles, y = [], {}, -1.0
+    for i, row in enumerate(rows):
+        if i == 0 or row.group != rows[i - 1].group:
+            y += 1.35
+            titles[y] = row.group
+        y += 1
+        places.append(y)
+    canvas = _canvas(ROW * (y + 2) + 0.8, dpi)
+    axes = canvas.figure.add_subplot()
+    within = _signed_scale(axes, [v for row in rows for v in (row.value, *row.interval)])
+    axes.axvspan(-within, within, color="#f1f3f5", zorder=0)
+    axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
+    for row, place in zip(rows, places, strict=True):
+        _draw_difference(axes, row, place)
+    axes.set_ylim(y + 0.8, -0.3)
+    axes.set_yticks(places, [row.name for row in rows])
+    for place, title in titles.items():
+        across = axes.get_yaxis_transform()
+        axes.text(-0.015, place, title, transform=across, ha="right", va="center", fontsize=9, color=INK, weight="bold")
+    words = "difference in the rise in loss, nats per token\n\u2190 the method loses less      it loses more \u2192"
+    canvas.figure.supxlabel(words, fontsize=10, color=INK)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    _plain(axes)
+    axes.tick_params(axis="y", labelsize=8.5, length=0)
+    axes.spines["left"].set_visible(False)
+    return _png(canvas, dpi)
+
+
+def _signed_scale(axes: Any, values: Sequence[float]) -> float:
+    """Make the horizontal axis logarithmic on both sides of a linear strip; returns half of the strip's width."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    most = max(map(abs, values), default=1.0) or 1.0
+    within = 10.0 ** max(-2, math.floor(math.log10(most)) - 2)  # differences below hundredths are read off the table
+    axes.set_xscale("symlog", linthresh=within, linscale=0.5)
+    left, right = (max([within, *(sign * v * 1.6 for v in values)]) for sign in (-1, 1))
+    axes.set_xlim(-left, right)
+    powers = [within * 10.0**i for i in range(6)]
+    axes.xaxis.set_major_locator(
+        FixedLocator([-p for p in powers if p <= left] + [0.0] + [p for p in powers if p <= right])
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    return within
+
+
+def _draw_difference(axes: Any, row: Row, place: float) -> None:
+    colour = UNSURE if not row.resolved else LESS if row.value < 0 else MORE
+    axes.plot(row.interval, [place] * 2, color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+    face = colour if row.resolved else "white"
+    axes.plot([row.value], [place], "o", markersize=4.5, color=colour, markerfacecolor=face, zorder=3)
+    if not row.resolved:
+        end, away, side = (row.interval[0], -6, "right") if row.value > 0 else (row.interval[1], 6, "left")
+        place_ = {"xytext": (away, 0), "textcoords": "offset points", "ha": side, "va": "center_baseline"}
+        axes.annotate("not resolved", (end, place), fontsize=8.5, color=colour, **place_)
+
+
+KINDS = (  # colour and marker of each kind of matrix, in their order; colours of Okabe and Ito, darkened
+    *(("#0b6e63", "o"), ("#b5482f", "s"), ("#5b4b9a", "D"), ("#3f8fd2", "^"), ("#b87a14", "P"), ("#3d3d3d", "X")),
+    *(("#a8508a", "v"), ("#6a994e", "<"), ("#a07855", ">"), ("#6b7280", "*"), ("#77a6a0", "h")),
+)
+
+
+def demand(whole: Mapping[str, Curve], kinds: Mapping[str, Curve], codec: str, dpi: int) -> bytes:
+    """True bits per weight against the market's price, as PNG: whole files above, kinds of matrix below.
+
+    Arguments: `whole`, codec -> points (nats per byte, bits); `kinds`, kind of matrix -> the same, of `codec`.
+    """
+    panels = [("whole file", {FAMILIES[family(name)]: points for name, points in whole.items()})]
+    if kinds:
+        styles = itertools.cycle(KINDS)
+        panels.append((f"{codec}, by kind of matrix", {(k, *next(styles)): points for k, points in kinds.items()}))
+    canvas = _canvas(2.7 * len(panels) + 0.5, dpi)
+    found = canvas.figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[2, 3][: len(panels)])
+    for axes, (title, curves) in zip(found[:, 0], panels, strict=True):
+        _draw_curves(axes, title, curves)
+    found[0, 0].legend(frameon=False, fontsize=9, loc="upper right")  # demand falls: that corner is free
+    if kinds:
+        canvas.figure.legend(
+            *found[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
+        )
+    found[-1, 0].set_xlabel("price of a byte, billionths of a nat per token", color=INK)
+    return _png(canvas, dpi)
+
+
+def _draw_curves(axes: Any, title: str, curves: Mapping[tuple[str, str, str], Curve]) -> None:
+    """Arguments: `curves`, (name, colour, marker) -> points."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for (name, colour, marker), points in curves.items():
+        prices, bits = [1e9 * price for price, _ in points], [each for _, each in points]
+        axes.plot(prices, bits, color=colour, marker=marker, markersize=5.5, linewidth=1.3, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_ylabel("true bits per weight", color=INK)
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    _plain(axes)
+
+
 def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
     """Bits per weight by part of the file, one bar for each method, as PNG.
 
@@ -141,11 +267,18 @@ def part_names(parts: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [n for n in PARTS if n in found] + sorted(found - set(PARTS))
 
 
-def bit_map(of: BitMap, title: str, limits: tuple[float, float], dpi: int) -> bytes:
-    """True bits of every matrix, as PNG: what lies in no layer in a strip of its own, below it a row for each layer.
+def bit_map(
+    of: BitMap,
+    title: str,
+    limits: tuple[float, float],
+    dpi: int,
+    label: str = "true bits per weight",
+    scale: str = "YlGnBu",
+) -> bytes:
+    """An amount of every matrix, as PNG: what lies in no layer in a strip of its own, below it a row for each layer.
 
-    Arguments: `limits`, bits at the ends of the colour scale, so that maps of several methods can be compared; what
-    lies beyond has the colour of the end.
+    Arguments: `limits`, amounts at the ends of the colour scale, so that maps of several methods can be compared; what
+    lies beyond has the colour of the end. `label` says what is shown; `scale` is the name of matplotlib's colours.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -156,7 +289,7 @@ def bit_map(of: BitMap, title: str, limits: tuple[float, float], dpi: int) -> by
     canvas = _canvas(sum(heights) + 1.0 + 0.2 * len(heights), dpi)
     canvas.figure.suptitle(title, fontsize=10.5, color=INK)
     panels = iter(canvas.figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-    colours = ScalarMappable(Normalize(*limits), colormaps["YlGnBu"])
+    colours = ScalarMappable(Normalize(*limits), colormaps[scale])
     if of.outside:
         axes = next(panels)
         _draw_cells(axes, [list(of.outside.values())], colours, [f"{name}  {b:.2f}" for name, b in of.outside.items()])
@@ -173,7 +306,7 @@ def bit_map(of: BitMap, title: str, limits: tuple[float, float], dpi: int) -> by
     bar = canvas.figure.colorbar(colours, cax=next(panels), orientation="horizontal", extend=extend)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5, colors=INK, length=3)
-    bar.set_label("true bits per weight", color=INK, fontsize=9.5)
+    bar.set_label(label, color=INK, fontsize=9.5)
     return _png(canvas, dpi)
 
 
@@ -338,9 +471,19 @@ def _name(
         textcoords="offset points",
         ha=offset[2],
         fontsize=8.5,
-        color=colour,
+        color=_legible(colour),
         arrowprops={**arrow, "relpos": (0.0 if offset[2] == "left" else 1.0, 0.5)} if leader else None,
     )
+
+
+def _legible(colour: str) -> tuple[float, ...]:
+    """A colour darkened until letters in it have a contrast of 4.5 to 1 on white (WCAG 2, level AA)."""
+    from matplotlib.colors import to_rgb
+
+    rgb: tuple[float, ...] = to_rgb(colour)
+    while 1.05 / (_luminance(rgb) + 0.05) < CONTRAST:
+        rgb = tuple(0.95 * c for c in rgb)
+    return rgb
 
 
 def _extent(text: Any, canvas: Any) -> Any:

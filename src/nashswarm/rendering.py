@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ h2{font-size:1.4rem;margin:44px 0 10px;padding-top:10px;border-top:2px solid var
 h3{font-size:1.1rem;margin:28px 0 8px}
 main>p,main>ul{max-width:52em}
 li{margin:6px 0}
+p,li,figcaption{overflow-wrap:anywhere}
 nav{margin-top:14px;display:flex;flex-wrap:wrap;gap:6px 18px;font-size:.93rem}
 a{color:var(--mark)}
 .wide{overflow-x:auto;margin:6px 0 26px;border:1px solid var(--line);border-radius:6px}
@@ -158,10 +160,13 @@ figcaption{font-size:.85rem;color:var(--soft);margin-top:6px}
  .wide:not(.prose){break-inside:avoid}
  .pictures{display:block}
  figure{display:inline-block;width:48%;margin:0 1% 6mm 0;vertical-align:top}
- img{width:auto;max-width:100%;max-height:150mm}
+ img{width:auto;max-width:100%;max-height:122mm}
+ img.tall{max-height:148mm}
  .v,th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """
+# The browser itself refuses to fetch anything: the page is whole, or it shows that it is not.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MARKS = {paper.HOLDS: "yes", paper.FAILS: "no", paper.OPEN: "open"}
 
 
@@ -175,7 +180,7 @@ def web_page(first: str, blocks: Sequence[Block]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<link rel="icon" href="data:,">\n'
         f"<title>nash-swarm: {html.escape(first)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<header><div>\n<p class="name">nash-swarm report</p>\n<h1>{_unbroken(first)}</h1>\n'
         f"<p>{html.escape(opening)}</p>\n<nav>{links}</nav>\n</div></header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
@@ -198,7 +203,9 @@ def _html_block(block: Block) -> str:
             return f"<ul>{''.join(f'<li>{html.escape(i)}</li>' for i in items)}</ul>"
         case Picture(_, caption, png):
             data, words = base64.b64encode(png).decode(), html.escape(caption)
-            image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
+            width, height = struct.unpack(">II", png[16:24])  # of the header, IHDR
+            kind = ' class="tall"' if height > width else ""
+            image = f'<img{kind} width="{width}" height="{height}" alt="{words}" src="data:image/png;base64,{data}">'
             return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
         case Table():
             return _html_table(block)

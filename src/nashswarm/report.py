@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nashswarm import beside, paper, rendering, seeds
+from nashswarm import beside, demand, distortion, forest, paper, provenance, rendering, seeds
 from nashswarm.artifacts import Layout, read_json, read_tracked, write_bytes
 from nashswarm.bitmap import BitMap, bit_map
 from nashswarm.comparison import Match, matches
@@ -37,6 +37,8 @@ class Run:
     peers: Tracked = field(default_factory=dict)  # of (model, peer)
     extra: Tracked = field(default_factory=dict)  # of (model, method): further ones of ours, to stand beside the peers
     seeds: Tracked = field(default_factory=dict)  # of (model, method): measured with several calibration seeds
+    allocations: distortion.Allocations = field(default_factory=dict)  # of (model, method)
+    origin: provenance.Origin | None = None
 
     def of(self, model: str) -> dict[str, Mapping[str, Any]]:
         """Method -> metrics of one model, in the order of the methods."""
@@ -79,11 +81,14 @@ def write(directory: Path, run: Run, dpi: int) -> None:
     Arguments: `dpi`, of the figures.
     """
     first, more = headline(run)
-    blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
-    blocks += [*_figure_section(run, dpi), *_market_section(run)]
     found = run.beside()
+    draws = run.corpora, run.resamples, run.seed, dpi
+    blocks: list[Block] = [Text(more), *_verdict_section(run), *_paper_section(run), *_size_section(run)]
+    blocks += [*_figure_section(run, dpi), *forest.section({m: run.of(m) for m in run.models}, *draws)]
+    blocks += _market_section(run, found, dpi)
     blocks += seeds.section({model: run.of(model) for model in run.models}, run.seeds, run.corpora)
-    blocks += [*beside.section(found, run.corpora, run.resamples, run.seed, dpi), *_reading_section(run)]
+    blocks += beside.section(found, *draws)
+    blocks += [*_reading_section(), *_limits_section(run), *(provenance.section(run.origin) if run.origin else [])]
     for picture in (b for b in blocks if isinstance(b, Picture)):
         write_bytes(directory / picture.name, picture.png)
     files = {"report.md": rendering.markdown, "report.html": rendering.web_page, "tables.tex": rendering.latex}
@@ -436,7 +441,7 @@ def _figure_section(run: Run, dpi: int) -> list[Block]:
         documents = {m: d for m, d in run.of(model).items() if m != paper.FP32}
         if not documents:
             continue
-        blocks.append(Heading(model, 3))
+        blocks.append(Heading(f"Loss against size: {model}", 3))
         for corpus in run.corpora:
             bits = {m: d["size"]["bits_per_weight"] for m, d in documents.items()}
             found = {m: d["quality"][corpus] for m, d in documents.items()}
@@ -464,8 +469,11 @@ def _figure_section(run: Run, dpi: int) -> list[Block]:
             f"What the bytes are for, {model}: bits per weight by part of the file. "
             "Matrices that a method leaves alone count as codes; fp32 is left out."
         )
+        blocks.append(Heading(f"Where the bytes go: {model}", 3))
         blocks.append(Picture(f"bytes-{model}.png", caption, figures.stacked(_parts(run, model), dpi)))
         blocks += _bit_maps(run, model, dpi)
+        if maps := distortion.pictures(model, documents, run.allocations, dpi):
+            blocks += [Heading(f"Where the loss is predicted to come from: {model}", 3), *maps]
     return [Heading("Figures"), *blocks] if blocks else []
 
 
@@ -479,7 +487,7 @@ def _bit_maps(run: Run, model: str, dpi: int) -> list[Block]:
     """
     from nashswarm import figures
 
-    markets = {m: d for m, d in run.of(model).items() if m.startswith("market")} | _markets(run, model)
+    markets = {m: d for m, d in run.of(model).items() if m.startswith("market")} | _markets(run.of(model))
     rows = {m: d.get("allocation", {}).get("tensors") or [] for m, d in markets.items()}
     maps = {method: found for method, of_method in rows.items() if (found := bit_map(of_method))}
     if not maps:
@@ -512,10 +520,12 @@ def _map_caption(method: str, model: str, found: BitMap) -> str:
 # --- the market ----------------------------------------------------------------------------------------------------
 
 
-def _market_section(run: Run) -> list[Block]:
+def _market_section(run: Run, shown: Mapping[str, beside.Shown], dpi: int) -> list[Block]:
+    """Arguments: `shown`, model -> what of ours stands beside the peers: budgets that this run need not have made."""
     blocks: list[Block] = []
     for model in run.models:
-        bought = _markets(run, model)
+        bought = _markets(run.of(model))
+        blocks += demand.pictures(model, bought | _markets(shown[model].ours), dpi)
         blocks += [block for corpus in run.corpora for block in _field_tables(run, model, corpus)]
         if bought:
             blocks += [_certificate_table(model, bought), *(_prediction_table(model, c, bought) for c in run.corpora)]
@@ -538,9 +548,9 @@ def _market_section(run: Run) -> list[Block]:
     ]
 
 
-def _markets(run: Run, model: str) -> dict[str, Mapping[str, Any]]:
+def _markets(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The methods that bought at a price."""
-    return {m: d for m, d in run.of(model).items() if d.get("allocation", {}).get("price") is not None}
+    return {m: d for m, d in documents.items() if d.get("allocation", {}).get("price") is not None}
 
 
 FIELD_COLUMNS = (
@@ -663,7 +673,7 @@ def _histogram(counts: Mapping[str, int]) -> str:
 def _peers_table(run: Run, model: str, corpus: str) -> Table:
     """For every other method: the smallest market file whose loss rises no more."""
     documents = {m: d for m, d in run.of(model).items() if m != paper.FP32}
-    market = _markets(run, model)
+    market = _markets(documents)
     rows = []
     for method in (m for m in documents if m not in market):
         rise_ = documents[method]["quality"][corpus]["delta_loss"]
@@ -685,7 +695,7 @@ def _peers_table(run: Run, model: str, corpus: str) -> Table:
 # --- how to read it ------------------------------------------------------------------------------------------------
 
 
-def _reading_section(run: Run) -> list[Block]:
+def _reading_section() -> list[Block]:
     return [
         Heading("How to read it"),
         Items(
@@ -709,11 +719,27 @@ def _reading_section(run: Run) -> list[Block]:
                 "KL: divergence of the quantized model's next-token distribution from the original's, in nats, mean "
                 "over all targets and 99th percentile. Same top token: how often both find the same token most "
                 "likely.",
-                "Limitations: one calibration text and one seed for each method; intervals cover the choice of test "
-                'tokens, not that of the calibration (under "Calibration seeds", where that was measured). On text '
-                "that a model wrote itself (corpus sampled) the rise in loss estimates the KL divergence; it says "
-                "little about other texts. No times are given. What holds "
-                "for small models need not hold for large ones.",
             )
         ),
     ]
+
+
+def _limits_section(run: Run) -> list[Block]:
+    missing = [m for m in dict.fromkeys(model for model, _ in paper.PUBLISHED) if m not in run.models]
+    items = [
+        "One calibration text and one seed for each method: intervals cover the choice of test tokens, not that of the "
+        'calibration (under "Calibration seeds", where that was measured). Many are shown, and none is adjusted for '
+        "their number.",
+        "On text that a model wrote itself (corpus sampled) the rise in loss estimates the KL divergence; it says "
+        "little about other texts.",
+        "Predicted rises, of whole models and of single matrices, are those of a quadratic model of the loss around "
+        "the original; how far it carries is seen where predictions stand beside measurements.",
+        "No times are given: metrics hold none, so that they repeat to the byte.",
+        "What holds for small models need not hold for large ones.",
+    ]
+    if missing:
+        names = ", ".join(missing)
+        items.insert(
+            0, f"Not measured here, of the paper's models: {names}. Verdicts are on its method, not on its runs."
+        )
+    return [Heading("Limitations"), Items(items)]

@@ -104,7 +104,7 @@ def copy_code(target: Path) -> None:
     for name in ("src", "stages"):
         shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     (target / ".dvc").mkdir()
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+    for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
         if (PROJECT / name).is_file():
             shutil.copyfile(PROJECT / name, target / name)
 

@@ -18,11 +18,13 @@ Allocations = Mapping[tuple[str, str], Allocation]  # of (model, method)
 
 
 def gather(layout: Layout, active: Active) -> dict[tuple[str, str], Allocation]:
-    """The allocations of all active models and methods, of which `predicted` knows the steps' prices."""
+    """The allocations of active models and methods, of which `predicted` knows the steps' prices.
+
+    Those that are at hand: a report can be made of tracked metrics alone (`make difference`).
+    """
+    pairs = [(model, method) for model in active.models for method in active.methods]
     return {
-        (model, method): artifacts.read_allocation(layout.allocation(model, method))
-        for model in active.models
-        for method in active.methods
+        pair: artifacts.read_allocation(layout.allocation(*pair)) for pair in pairs if layout.allocation(*pair).exists()
     }
 
 

@@ -43,14 +43,15 @@ class Origin:
 
 
 def gather(layout: Layout, active: Active, corpora: Mapping[str, CorpusSource]) -> Origin:
-    """Read the records of the active models and texts, and hash the metrics and constraints.txt."""
+    """Read the records of the active models and texts that are at hand, and hash the metrics and constraints.txt."""
     names = dict.fromkeys((active.calibration, *active.corpora))
+    present = [model for model in active.models if layout.download(model).exists()]
     read = {
         (model, name): Corpus(corpora[name], artifacts.read_json(layout.download(model) / "tokens" / f"{name}.json"))
-        for model in active.models
+        for model in present
         for name in names
     }
-    models = {model: artifacts.read_source(layout.download(model)) for model in active.models}
+    models = {model: artifacts.read_source(layout.download(model)) for model in present}
     metrics, pins = layout.metrics("any", "any").parents[1], layout.root / "constraints.txt"
     files = [path for path in metrics.rglob("*") if path.is_file()]
     return Origin(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, PROJECT, Checkpoints, Packed, tiny_text
+from conftest import FAMILIES, PROJECT, Checkpoints, Packed, edit_json, tiny_text
 
 from nashswarm import cli, models, packed
 from nashswarm.loading import load
@@ -132,6 +132,15 @@ def test_unpacked_is_a_plain_checkpoint_of_the_same_weights(
     assert (
         models.load_tokenizer(plain)("na shi")["input_ids"] == models.load_tokenizer(directory)("na shi")["input_ids"]
     )
+
+
+def test_an_estimate_does_not_run_a_models_code_either(checkpoint: Checkpoints, tmp_path: Path, call: Call) -> None:
+    source = shutil.copytree(checkpoint("gpt2"), tmp_path / "model")
+    assert call("estimate", source)[0] == 0
+    edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "mine.Mine"})
+    code, _, err = call("estimate", source)
+    assert code == 2
+    assert "`auto_map` asks to run code" in err
 
 
 # --- making --------------------------------------------------------------------------------------------------------

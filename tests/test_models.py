@@ -248,7 +248,7 @@ def test_a_config_that_is_no_json_object_is_refused(text: str, copy: Callable[..
         checkpoint_files(directory)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "model.ckpt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "model.ckpt", "model.pth"])
 def test_pickled_weights_are_refused(name: str, copy: Callable[..., Path]) -> None:
     directory = copy()
     (directory / WEIGHTS).rename(directory / name)
@@ -263,10 +263,25 @@ def test_a_directory_without_weights_is_refused(copy: Callable[..., Path]) -> No
         checkpoint_files(directory)
 
 
-def test_remote_code_is_refused(copy: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_remote_code_is_refused(name: str, copy: Callable[..., Path]) -> None:
     directory = copy()
-    edit_json(directory / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    with pytest.raises(InputError, match=r"config\.json.*`auto_map`"):
+    edit_json(directory / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(InputError, match=rf"/{name}: `auto_map` asks to run code"):
+        checkpoint_files(directory)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_links_may_not_leave_the_directory(name: str, inside: bool, copy: Callable[..., Path], tmp_path: Path) -> None:
+    directory = copy(sharded=name == INDEX)
+    target = directory / "beside" if inside else tmp_path / "outside"
+    (directory / name).rename(target)
+    (directory / name).symlink_to(target)
+    if inside:
+        assert name in checkpoint_files(directory)
+        return
+    with pytest.raises(InputError, match=f"{name}.* leaves the directory"):
         checkpoint_files(directory)
 
 
@@ -391,7 +406,19 @@ def test_weights_that_do_not_fit_or_come_twice_are_refused(checkpoint: Checkpoin
         load_model(directory, iter([("model.nothing.weight", torch.zeros(1, 1))]))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:4], lambda b: b"\xff" * 8 + b[8:], lambda b: b""])
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[:-7],
+    "no header": lambda data: data[:4],
+    "nothing": lambda _: b"",
+    "header larger than the file": lambda data: len(data).to_bytes(8, "little") + data[8:],
+    "header of 2^63 bytes": lambda data: (1 << 63).to_bytes(8, "little") + data[8:],
+    "header of all bytes there are": lambda data: b"\xff" * 8 + data[8:],
+    "header no JSON": lambda data: data.replace(b"{", b"[", 1),
+    "bytes behind the last array": lambda data: data + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_weights_are_named(damage: Callable[[bytes], bytes], copy: Callable[..., Path]) -> None:
     directory = copy()
     (directory / WEIGHTS).write_bytes(damage((directory / WEIGHTS).read_bytes()))

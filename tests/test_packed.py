@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import yaml
 from conftest import FAMILIES, PROJECT, Models, Packed, edit_json, no_progress
+from forging import rearrange, relist, reseal
 from safetensors.numpy import load_file
 
 from nashswarm import quantize
-from nashswarm.artifacts import sha256_file
+from nashswarm.artifacts import PICKLES, sha256_file
 from nashswarm.loading import load
 from nashswarm.packed import (
     FORMAT,
@@ -48,14 +49,6 @@ PackedModels = Callable[[str, str], Packed]
 def copy(packed: PackedModels, tmp_path: Path) -> Path:
     """A packed directory that a test may damage."""
     return shutil.copytree(packed("gpt2", "rtn4-g64").directory, tmp_path / "packed")
-
-
-def reseal(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest, and seal it as `write_packed` does."""
-    manifest = json.loads((directory / MANIFEST).read_bytes())
-    del manifest["seal"]
-    change(manifest)
-    (directory / MANIFEST).write_bytes(_sealed(manifest))
 
 
 def names_of(directory: Path) -> list[str]:
@@ -296,6 +289,8 @@ FORMS: list[tuple[tuple[str, ...], object, str]] = [
     ),
     *((("provenance", "parameters"), value, r"provenance\.parameters") for value in (None, 0, -1, 1.5, "12", True)),
     (("provenance", "method"), {}, r"provenance\.method: no codec"),
+    (("more",), 1, "the keys are .*more"),
+    (("provenance", "parameters"), 12, r"shapes of \d+ weights, but provenance\.parameters says 12"),
 ]
 
 
@@ -324,6 +319,34 @@ def test_numbers_that_no_codec_writes_are_refused(number: str, copy: Path) -> No
     body = body.replace(b'"bits":4', b'"bits":' + number.encode())
     (copy / MANIFEST).write_bytes(body + b',"seal":"%s"}' % hashlib.sha256(body).hexdigest().encode())
     with pytest.raises(PackedError, match=r"manifest\.json: (tensors: |not valid JSON)"):
+        open_packed(copy)
+
+
+LAYOUTS: dict[str, Callable[[bytes], bytes]] = {
+    "a space": lambda body: body.replace(b'"format":1', b'"format": 1'),
+    "a line": lambda body: body.replace(b"{", b"{\n", 1),
+    "another order": lambda body: b'{"format":1,' + body[1:].replace(b'"format":1,', b""),
+    "a key twice": lambda body: body.replace(b'"format":1', b'"format":1,"format":1'),
+    "a number beyond float64": lambda body: body.replace(b'"certificate":{', b'"certificate":{"a":1e999,'),
+    "a number in other words": lambda body: body.replace(b'"certificate":{', b'"certificate":{"a":1e1,'),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_manifest_in_another_layout_is_refused(layout: str, copy: Path) -> None:
+    """What two readers could read differently, `write_packed` does not write."""
+    body = (copy / MANIFEST).read_bytes()[: -len(_sealed({})) + 1]
+    changed = LAYOUTS[layout](body)
+    assert changed != body
+    (copy / MANIFEST).write_bytes(changed + b',"seal":"%s"}' % hashlib.sha256(changed).hexdigest().encode())
+    with pytest.raises(PackedError, match=r"manifest\.json: not one line of JSON with sorted keys and finite numbers"):
+        open_packed(copy)
+
+
+def test_a_manifest_that_cannot_be_read_is_refused(copy: Path) -> None:
+    (copy / MANIFEST).unlink()
+    (copy / MANIFEST).mkdir()
+    with pytest.raises(PackedError, match=r"manifest\.json: cannot be read \(Is a directory\)"):
         open_packed(copy)
 
 
@@ -390,9 +413,14 @@ def test_an_unknown_format_is_refused(version: object, copy: Path) -> None:
         open_packed(copy)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "vocab.json"]
+STRAYS = (
+    *("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json", "MODEL.SAFETENSORS"),
+    *(f"pytorch_model{suffix}" for suffix in PICKLES),
+    *("vocab.json", "tokenizer.model", "adapter_config.json", "chat_template.jinja", "spiece.model", "vocab.txt"),
 )
+
+
+@pytest.mark.parametrize("name", STRAYS)
 def test_a_stray_file_that_could_be_loaded_is_refused(name: str, copy: Path) -> None:
     """transformers' own from_pretrained would take these in place of ours."""
     (copy / name).write_bytes(b"x")
@@ -400,10 +428,36 @@ def test_a_stray_file_that_could_be_loaded_is_refused(name: str, copy: Path) -> 
         open_packed(copy)
 
 
-def test_a_link_in_place_of_a_file_is_refused(copy: Path, tmp_path: Path) -> None:
-    shutil.move(copy / PAYLOAD, tmp_path / PAYLOAD)
-    (copy / PAYLOAD).symlink_to(tmp_path / PAYLOAD)
-    with pytest.raises(PackedError, match=PAYLOAD):
+@pytest.mark.parametrize("name", ["notes.txt", ".gitattributes", "results.json"])
+def test_a_stray_file_that_nobody_loads_may_stay(name: str, copy: Path) -> None:
+    (copy / name).write_bytes(b"x")
+    open_packed(copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_other_weights_are_refused_though_they_are_listed(name: str, copy: Path) -> None:
+    (copy / name).write_bytes(b"x")
+    reseal(copy, lambda m: m["files"].update({name: [1, sha256_file(copy / name)]}))
+    with pytest.raises(PackedError, match=f"{name}: listed, though it could be loaded"):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_packed_config_that_asks_for_code_is_refused(name: str, copy: Path) -> None:
+    edit_json(copy / name, auto_map={"AutoModelForCausalLM": "mine.Mine"})
+    relist(copy, name)
+    with pytest.raises(PackedError, match=rf"{name}: `auto_map` asks to run code"):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_link_in_place_of_a_file_is_refused(name: str, outside: bool, copy: Path, tmp_path: Path) -> None:
+    """Also one to a file of the same bytes beside it."""
+    target = tmp_path / "elsewhere" if outside else copy / "elsewhere"
+    shutil.move(copy / name, target)
+    (copy / name).symlink_to(target)
+    with pytest.raises(PackedError, match=f"{name}: (a link in place of|the manifest lists this file, but it is not)"):
         open_packed(copy)
 
 
@@ -413,6 +467,104 @@ def test_a_name_that_leaves_the_directory_is_refused(copy: Path, tmp_path: Path)
     listed = {**files, "../x": [1, sha256_file(tmp_path / "x")]}
     reseal(copy, lambda manifest: manifest.update(files=listed))
     with pytest.raises(PackedError, match=r"\.\./x: the manifest lists this file, but it is not there"):
+        open_packed(copy)
+
+
+def test_a_listed_file_in_a_folder_is_refused(copy: Path) -> None:
+    (copy / "sub").mkdir()
+    (copy / "sub/x").write_bytes(b"x")
+    reseal(copy, lambda m: m["files"].update({"sub/x": [1, sha256_file(copy / "sub/x")]}))
+    with pytest.raises(PackedError, match="sub/x: the manifest lists this file, but it is not there"):
+        open_packed(copy)
+
+
+# --- payloads that were forged, hashes and all ----------------------------------------------------------------------
+
+
+def header(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Of a safetensors file: its header, and what follows."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def changed(data: bytes) -> bytes:
+        document, rest = header(data)
+        change(document)
+        text = json.dumps(document).encode()
+        return len(text).to_bytes(8, "little") + text + rest
+
+    return changed
+
+
+def with_length(length: int) -> Callable[[bytes], bytes]:
+    return lambda data: length.to_bytes(8, "little") + data[8:]
+
+
+def swapped(document: dict[str, Any]) -> None:
+    """Two arrays claim the same bytes, and some are nobody's."""
+    one, other = (document[f"{TENSOR}.{part}"] for part in ("codes", "zeros"))
+    one["data_offsets"] = [other["data_offsets"][0], other["data_offsets"][0] + one["data_offsets"][1]]
+
+
+PAYLOADS: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda _: b"",
+    "no header": lambda data: data[:4],
+    "header larger than the file": lambda data: with_length(len(data))(data),
+    "header of 2^63 bytes": with_length(1 << 63),
+    "header of no bytes": with_length(0),
+    "header cut short": lambda data: with_length(header_size(data) - 9)(data),
+    "header no JSON": lambda data: data.replace(b"{", b"[", 1),
+    "bytes behind the last array": lambda data: data + b"\0",
+    "last array cut": lambda data: data[:-1],
+    "overlapping arrays": with_header(swapped),
+    "shape beyond the bytes": with_header(lambda h: h["vectors"].update(shape=[1 << 40])),
+    "unknown dtype": with_header(lambda h: h["vectors"].update(dtype="F13")),
+    "negative offsets": with_header(lambda h: h["vectors"].update(data_offsets=[-2, 0])),
+}
+
+
+def header_size(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+@pytest.mark.parametrize("damage", PAYLOADS)
+def test_a_listed_payload_that_is_no_safetensors_file_is_refused(damage: str, copy: Path) -> None:
+    (copy / PAYLOAD).write_bytes(PAYLOADS[damage]((copy / PAYLOAD).read_bytes()))
+    relist(copy, PAYLOAD)
+    with pytest.raises(PackedError, match=r"packed\.safetensors: not a valid safetensors file"):
+        open_packed(copy)
+
+
+Arrays = dict[str, np.ndarray]
+PIECES: dict[str, tuple[Callable[[Arrays], object], str]] = {
+    "of no matrix": (lambda a: a.update({"x.codes": np.zeros(3, np.uint8)}), r"x\.codes belongs to no tensor"),
+    "of no name": (lambda a: a.update(codes=np.zeros(3, np.uint8)), "codes belongs to no tensor"),
+    "vectors cut": (lambda a: a.update(vectors=a["vectors"][:-1]), r"vectors are float16 \[\d+\], but .* float16 \["),
+    "vectors float32": (lambda a: a.update(vectors=a["vectors"].astype(np.float32)), "vectors are float32"),
+    "vectors gone": (lambda a: a.pop("vectors"), r"vectors are float16 \[0\]"),
+}
+
+
+@pytest.mark.parametrize("change", PIECES)
+def test_a_listed_payload_of_other_arrays_is_refused(change: str, copy: Path) -> None:
+    rearrange(copy, PIECES[change][0])
+    with pytest.raises(PackedError, match=rf"packed\.safetensors: {PIECES[change][1]}"):
+        open_packed(copy)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "both"])
+def test_weights_that_come_twice_are_refused(kind: str, copy: Path) -> None:
+    """The second ones would silently win. Lengths and parameter counts are made to agree."""
+    name, shape = json.loads((copy / MANIFEST).read_bytes())["vectors"][0]
+
+    def again(manifest: dict[str, Any]) -> None:
+        manifest["vectors"].append([name if kind == "vectors" else TENSOR, shape])
+        manifest["provenance"]["parameters"] += shape[0]
+
+    rearrange(copy, lambda a: a.update(vectors=np.append(a["vectors"], np.zeros(shape, np.float16))))
+    reseal(copy, again)
+    with pytest.raises(PackedError, match=f"weights for {name if kind == 'vectors' else TENSOR} come twice"):
         open_packed(copy)
 
 

@@ -48,6 +48,7 @@ COMPANIONS = (
     "added_tokens.json",
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+REMOTE_CODE = "auto_map"  # in a config: which Python files of the directory transformers should run
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,16 @@ class Layout:
     def report(self) -> Path:
         """Directory of the report."""
         return self.root / "report"
+
+
+def asking_for_code(directory: Path) -> Path | None:
+    """The config in a model directory that asks transformers to run code from there, if one does."""
+    for path in (directory / "config.json", directory / "tokenizer_config.json"):
+        with suppress(OSError, ValueError, RecursionError):  # what is no JSON is said by those who need it
+            document = json.loads(path.read_bytes())
+            if isinstance(document, dict) and REMOTE_CODE in document:
+                return path
+    return None
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

@@ -105,7 +105,9 @@ def estimate(
     from nashswarm import downloads, models, preflight
     from nashswarm.config import Scoring
 
-    index = models.describe(downloads.resolve_word(model, revision, cache.expanduser())[0])
+    source = downloads.resolve_word(model, revision, cache.expanduser())[0]
+    models.checkpoint_files(source)  # before transformers sees the directory, as in `quantize`
+    index = models.describe(source)
     chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
     needs = preflight.needs(index, chosen, Scoring(tokens=tokens), preflight.token_seconds(index))
     if as_json:

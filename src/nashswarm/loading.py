@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nashswarm.artifacts import copy_files, fresh_directory
 from nashswarm.config import load_room
-from nashswarm.models import build_model, fill, is_transposed, load_model, load_streamed
+from nashswarm.models import build_model, check_shape, fill, is_transposed, load_model, load_streamed
 from nashswarm.packed import MANIFEST, PackedError, PackedModel, open_packed
 from nashswarm.resident import PackedWeight, keep_packed
 from nashswarm.types import InputError, ModelIndex, NashSwarmError, PackedTensor
@@ -55,7 +55,10 @@ def _load_packed(packed: PackedModel, dtype: torch.dtype) -> PreTrainedModel:
     for name, tensor in packed.tensors.items():
         if name not in tied:
             raise InputError(f"{packed.directory}: config.json describes a model that has no parameter {name}")
-        weight = PackedWeight(tensor, partial(_decode, packed, name), is_transposed(model, name)).to(dtype)
+        transposed, (rows, columns) = is_transposed(model, name), tensor.shape
+        own = tuple(model.get_parameter(name).shape)
+        check_shape(packed.directory, name, (columns, rows) if transposed else (rows, columns), own)
+        weight = PackedWeight(tensor, partial(_decode, packed, name), transposed).to(dtype)
         for other in tied[name]:
             keep_packed(model.get_submodule(other.rpartition(".")[0]), weight)
     fill(model, packed.directory, _vectors(packed))

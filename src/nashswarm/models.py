@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nashswarm.artifacts import COMPANIONS, PICKLES
+from nashswarm.artifacts import COMPANIONS, PICKLES, REMOTE_CODE, asking_for_code
 from nashswarm.types import InputError, Kind, ModelIndex, Part, Progress, TensorSpec, VectorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+INDEX = "model.safetensors.index.json"
 
 
 # --- what lies in a model directory --------------------------------------------------------------------------------
@@ -33,24 +34,28 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 def checkpoint_files(directory: Path) -> tuple[str, ...]:
     """The files of a model directory that the project uses, sorted: weights and companions.
 
-    Raises InputError where the directory, its config.json or its safetensors are missing, where shards leave the
-    directory, and where the config asks for remote code.
+    Raises InputError where the directory, its config.json or its safetensors are missing, where shards or links leave
+    the directory, and where a config asks for remote code.
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory; check `path` under `models` in params.yaml")
-    config = _read_json(directory / "config.json")
-    if "auto_map" in config:
-        raise InputError(
-            f"{directory / 'config.json'}: `auto_map` asks to run code from the checkpoint; that is refused"
-        )
+    companions = [name for name in COMPANIONS if (directory / name).is_file()]
+    for name in (*companions, INDEX):
+        if _leaves(directory, name):
+            raise InputError(
+                f"{directory / name}: a link that leaves the directory; that is refused, copy what it points to"
+            )
+    _read_json(directory / "config.json")
+    if asking := asking_for_code(directory):
+        raise InputError(f"{asking}: `{REMOTE_CODE}` asks to run code from the checkpoint; that is refused")
     weights = _weight_files(directory)
     for name in weights:
         _confined(directory, name)
-    return tuple(sorted({*weights, *(n for n in COMPANIONS if (directory / n).is_file())}))
+    return tuple(sorted({*weights, *companions}))
 
 
 def _weight_files(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
     if index.is_file():
@@ -69,11 +74,16 @@ def _weight_files(directory: Path) -> list[str]:
 
 def _confined(directory: Path, name: str) -> None:
     pure = PurePosixPath(name)
-    inside = (directory / name).resolve().is_relative_to(directory.resolve()) or not (directory / name).is_symlink()
-    if pure.is_absolute() or len(pure.parts) != 1 or "\\" in name or pure.parts[0] == ".." or not inside:
+    if pure.is_absolute() or len(pure.parts) != 1 or "\\" in name or pure.parts[0] == ".." or _leaves(directory, name):
         raise InputError(f"{directory}: shard name {name!r} leaves the directory; that is refused")
     if not (directory / name).is_file():
         raise InputError(f"{directory / name}: this shard is named by the index but missing; download it again")
+
+
+def _leaves(directory: Path, name: str) -> bool:
+    """Whether a file of the directory is a link to somewhere else."""
+    path = directory / name
+    return path.is_symlink() and not path.resolve().is_relative_to(directory.resolve())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -218,7 +228,7 @@ class Checkpoint:
         keys = {}
         for names, shape in [*matrices, *(((v.name,), v.shape) for v in index.vectors)]:
             key = _find_key(names, found, directory)
-            _check_shape(directory, key, tuple(stored[key].get_shape()), shape)
+            check_shape(directory, key, tuple(stored[key].get_shape()), shape)
             if stored[key].get_dtype() not in FLOATS:
                 raise InputError(f"{directory / found[key][0]}: {key} is {stored[key].get_dtype()}, no float")
             keys[names[0]] = found[key]
@@ -283,7 +293,8 @@ def _find_key(names: tuple[str, ...], found: dict[str, Any], directory: Path) ->
     raise InputError(f"{directory}: the checkpoint has no weights for {names[0]}; is it for this config.json?")
 
 
-def _check_shape(directory: Path, key: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def check_shape(directory: Path, key: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise InputError for a parameter of another shape than the model's."""
     if got != expected:
         raise InputError(f"{directory}: {key} has shape {list(got)}, but config.json says {list(expected)}")
 
@@ -315,7 +326,7 @@ def fill(model: PreTrainedModel, directory: Path, weights: Iterator[tuple[str, T
         except AttributeError:
             raise InputError(f"{directory}: config.json describes a model that has no parameter {name}") from None
         stored = value.T if value.dim() == 2 and is_transposed(model, name) else value
-        _check_shape(directory, name, tuple(stored.shape), tuple(parameter.shape))
+        check_shape(directory, name, tuple(stored.shape), tuple(parameter.shape))
         parameter.data.copy_(stored)
         if missing.pop(id(parameter), None) is None:
             raise InputError(f"{directory}: weights for {name} came twice")

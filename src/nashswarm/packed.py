@@ -19,7 +19,7 @@ import math
 import shutil
 import typing
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from nashswarm.artifacts import COMPANIONS, PICKLES, fresh_directory, sha256_file, write_bytes, write_json
+from nashswarm.artifacts import (
+    COMPANIONS,
+    PICKLES,
+    REMOTE_CODE,
+    asking_for_code,
+    fresh_directory,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from nashswarm.card import card
 from nashswarm.payload import Payload
 from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
@@ -39,6 +48,8 @@ CARD = "README.md"
 QUANT_METHOD = "nashswarm"  # in config.json: to transformers, a name that it knows only with our plug-in
 FP32_BYTES = 4
 SEAL = b',"seal":"%s"}'
+WEIGHTS = (".safetensors", ".safetensors.index.json", *PICKLES)  # what transformers may take for weights, by its end
+SETTINGS = ("config.json", ".model", ".jinja", "vocab.txt")  # and what for a config, a tokenizer, or a part of one
 SHARED = "shared"  # stands for a tensor's name where an array serves all of them
 
 
@@ -163,18 +174,25 @@ def open_packed(directory: Path) -> PackedModel:
             raise PackedError(f"{path}: the SHA-256 is not that of the manifest; the file is corrupt, get it again")
         if name == PAYLOAD:  # what was hashed is what is used
             payload = data
-    stray = {p.name for p in directory.iterdir()} - set(listed) - {MANIFEST}
-    weights = {name for name in stray if name.endswith((".safetensors", ".safetensors.index.json", *PICKLES))}
-    if foreign := sorted(weights | stray & {*COMPANIONS}):
-        raise PackedError(
-            f"{directory / foreign[0]}: not listed in the manifest; remove it, or get the directory again"
-        )
+    _check_others(directory, listed)
     try:
         arrays = load(payload)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the latter for a dtype that numpy lacks
         raise PackedError(f"{directory / PAYLOAD}: not a valid safetensors file ({error})") from error
     _check_arrays(directory, manifest, arrays)
     return _assemble(directory, manifest, arrays)
+
+
+def _check_others(directory: Path, listed: Collection[str]) -> None:
+    """Raise PackedError for files that a program could load in place of ours, and for configs that ask for code."""
+    present = {p.name for p in directory.iterdir()}
+    weights = {name for name in present - {PAYLOAD} if name.lower().endswith(WEIGHTS)}
+    stray = {name for name in present - {*listed, MANIFEST} if name in COMPANIONS or name.lower().endswith(SETTINGS)}
+    if foreign := sorted(weights | stray):
+        state = "listed, though it could be loaded" if foreign[0] in listed else "not listed"
+        raise PackedError(f"{directory / foreign[0]}: {state} in the manifest; remove it, or get the directory again")
+    if asking := asking_for_code(directory):
+        raise PackedError(f"{asking}: `{REMOTE_CODE}` asks to run code from the directory; that is refused")
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
@@ -190,6 +208,8 @@ def file_bytes(directory: Path) -> int:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
+    if path.is_symlink():
+        raise PackedError(f"{path}: a link in place of the file; get the directory again")
     try:
         data = path.read_bytes()
         manifest = json.loads(data, parse_constant=_refuse_constant)
@@ -207,7 +227,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise PackedError(
             f"{path}: its seal is not the SHA-256 of what stands before it; the file is corrupt, get it again"
         )
-    if wrong := next(_problems(manifest), None):
+    del manifest["seal"]
+    if wrong := next(_problems(manifest, data), None):
         raise PackedError(f"{path}: {wrong}; this version writes no such manifest, get the directory again")
     return manifest
 
@@ -216,8 +237,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a manifest lacks, or holds in another form than `write_packed` gives it."""
+def _problems(manifest: Mapping[str, Any], data: bytes) -> Iterator[str]:
+    """What a manifest, read from `data`, lacks, or holds in another form than `write_packed` gives it."""
     blocks = {"files": dict, "provenance": dict, "tensors": dict, "vectors": list}
     for key, kind in blocks.items():
         if not isinstance(manifest.get(key), kind):
@@ -241,7 +262,21 @@ def _problems(manifest: Mapping[str, Any]) -> Iterator[str]:
             case [str(), list(shape)] if _is_shape(shape):
                 continue
         yield f"vectors: {entry!r} is no name and shape"
+    names = Counter([*manifest["tensors"], *(name for name, _ in manifest["vectors"])])
+    if twice := [name for name, count in names.items() if count > 1]:
+        yield f"weights for {twice[0]} come twice"
     yield from _provenance_problems(manifest["provenance"])
+    if manifest.keys() != {*blocks, "format"}:
+        yield f"the keys are {', '.join(manifest)}"
+    if not _is_what_we_write(manifest, data):  # spaces, another order, keys that come twice, numbers beyond float64
+        yield "not one line of JSON with sorted keys and finite numbers"
+
+
+def _is_what_we_write(manifest: Mapping[str, Any], data: bytes) -> bool:
+    try:
+        return _sealed(manifest) == data
+    except (ValueError, RecursionError):
+        return False
 
 
 def _provenance_problems(provenance: Mapping[str, Any]) -> Iterator[str]:
@@ -280,6 +315,8 @@ def _check_arrays(directory: Path, manifest: Mapping[str, Any], arrays: Mapping[
             f"{directory / PAYLOAD}: vectors are {vectors.dtype} {list(vectors.shape)}, but the manifest speaks of "
             f"float16 [{expected}]"
         )
+    if not np.isfinite(vectors).all():
+        raise PackedError(f"{directory / PAYLOAD}: vectors hold values that are not finite; get the directory again")
     weights = expected + sum(math.prod(entry["shape"]) for entry in manifest["tensors"].values())
     if arrays and weights != manifest["provenance"]["parameters"]:
         raise PackedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -194,6 +194,25 @@ class PackedTensor:
     shared: Mapping[str, np.ndarray] = field(
         default_factory=dict
     )  # arrays that all tensors of the model have in common
+
+    def expect(self, numbers: Collection[str], /, **arrays: tuple[str, tuple[int | None, ...]]) -> None:
+        """Raise InputError unless it holds these integers and arrays, each of this dtype and shape, and no others.
+
+        A length of None may be any. What a codec reads of a shared array is checked as an array of the tensor's own.
+        """
+        found = {**self.shared, **self.arrays}
+        if found.keys() != arrays.keys() or self.scalars.keys() != {*numbers}:
+            held, wanted = (", ".join(sorted({*a, *b})) for a, b in ((found, self.scalars), (arrays, numbers)))
+            raise InputError(f"codec {self.codec} stores {wanted or 'nothing'}, but here are {held or 'nothing'}")
+        for part, (dtype, shape) in arrays.items():
+            lengths = found[part].shape
+            fits = len(lengths) == len(shape) and all(b in (a, None) for a, b in zip(lengths, shape, strict=True))
+            if found[part].dtype != dtype or not fits:
+                any_length = ["any" if length is None else length for length in shape]
+                raise InputError(f"{part} are {found[part].dtype} {list(lengths)}, expected {dtype} {any_length}")
+        for key, value in self.scalars.items():
+            if type(value) is not int:
+                raise InputError(f"{key} is {value!r}, expected an integer")
 
 
 @dataclass(frozen=True, slots=True)

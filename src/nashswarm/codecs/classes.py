@@ -16,7 +16,7 @@ from torch import Tensor
 from nashswarm import entropy
 from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.codecs.uniform import min_max_grid, on_grid
-from nashswarm.types import Job, PackedTensor
+from nashswarm.types import InputError, Job, PackedTensor
 
 SELLS = ("classes",)
 WIDTHS = (2, 3, 4, 8)
@@ -49,17 +49,22 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
 
 
 def decode(packed: PackedTensor) -> Tensor:
-    """float32 [out, in]."""
+    """float32 [out, in]. Raises InputError, or another's error from `bitpack` or `entropy`, for what is not ours."""
+    count, flat = len(packed.scalars), ("uint8", (None,))
+    numbers = [f"bits{index}" for index in range(count)]
+    packed.expect(numbers, codes=flat, scales=("float32", (count, 2)), map=flat, tables=flat)
     classes = _decode_map(packed).reshape(-1)
     weights = np.empty(classes.size, np.float32)
     start = 0
-    for index in range(len(packed.scalars)):
-        bits, mask = packed.scalars[f"bits{index}"], classes == index
+    for index, key in enumerate(numbers):
+        bits, mask = packed.scalars[key], classes == index
         count = int(np.count_nonzero(mask))
         stop = start + packed_size(count, bits)
         codes = unpack(packed.arrays["codes"][start:stop], bits, count)
         weights[mask] = on_grid(codes, packed.arrays["scales"][index])
         start = stop
+    if start != packed.arrays["codes"].size:
+        raise InputError(f"codes are {packed.arrays['codes'].size} bytes, expected {start} by the map")
     return torch.from_numpy(weights).view(packed.shape)
 
 

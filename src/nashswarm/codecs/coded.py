@@ -244,7 +244,9 @@ def _pack_scales(rounded: Sequence[Rounded]) -> np.ndarray:
 
 
 def decode(packed: PackedTensor) -> Tensor:
-    """float32 [out, in]."""
+    """float32 [out, in]. Raises InputError, or EntropyError, for what `encode` did not write."""
+    flat = ("uint8", (None,))
+    packed.expect({"base", "position", "states", "total"}, codes=flat, tables=flat, scales=flat)
     (rows, columns), position = packed.shape, packed.scalars["position"]
     every = entropy.scales_from_bytes(packed.shared["scales"].tobytes(), packed.scalars["total"])
     scales = every[position : position + 2 * (rows + columns)]

@@ -112,10 +112,12 @@ def row_grids(job: Job, bits: int, group: int, settings: Settings, power: Tensor
 
 
 def decode(packed: PackedTensor) -> Tensor:
-    """float32 [out, in]."""
-    (rows, columns), bits = packed.shape, packed.scalars["bits"]
-    group = min(packed.scalars["group"], columns)  # whatever a forged one says, no row is padded beyond twice its size
+    """float32 [out, in]. Raises InputError, or ValueError from `bitpack`, for what `encode` did not write."""
+    (rows, columns), (bits, group) = packed.shape, _grid_numbers(packed)
+    group = min(group, columns)  # whatever a forged one says, no row is padded beyond twice its size
     groups = -(-columns // group)
+    zeros_stored = {"zeros": ("uint8", (None,))} if "zeros" in packed.arrays else {}
+    packed.expect({"bits", "group"}, codes=("uint8", (None,)), scales=("uint16", (rows, groups)), **zeros_stored)
     scales = torch.from_numpy(np.array(packed.arrays["scales"])).view(torch.float16).view(rows, groups, 1).float()
     zeros: Tensor | int = 2 ** (bits - 1)
     if "zeros" in packed.arrays:
@@ -123,6 +125,16 @@ def decode(packed: PackedTensor) -> Tensor:
     codes = torch.from_numpy(unpack(packed.arrays["codes"], bits, rows * columns)).view(rows, columns)
     weights = scales * (_grouped(codes, group).float() - zeros)
     return weights.reshape(rows, -1)[:, :columns].contiguous()
+
+
+def _grid_numbers(packed: PackedTensor) -> tuple[int, int]:
+    """Width and group. Checked before anything is computed of them: 2^bits of a forged width takes all memory."""
+    bits, group = packed.scalars["bits"], packed.scalars["group"]
+    if type(bits) is not int or bits not in WIDTHS:
+        raise InputError(f"bits is {bits!r}, expected one of {', '.join(map(str, WIDTHS))}")
+    if type(group) is not int or group < 1:
+        raise InputError(f"group is {group!r}, expected a number of weights, at least 1")
+    return bits, group
 
 
 def packed_groups(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm.types import Job, PackedTensor
+from nashswarm.types import InputError, Job, PackedTensor
 
 SELLS: tuple[str, ...] = ()
 WIDTHS = (16, 32)  # chosen by the values: 16 where float16 holds them all exactly
@@ -32,7 +32,11 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
 
 
 def decode(packed: PackedTensor) -> Tensor:
-    """float32 [out, in]."""
+    """float32 [out, in]. Raises InputError for what `encode` did not write."""
+    dtype_name = "float32" if packed.arrays["codes"].dtype == np.float32 else "uint16"
+    packed.expect({"bfloat"}, codes=(dtype_name, packed.shape))
+    if packed.scalars["bfloat"] not in (0, 1):
+        raise InputError(f"bfloat is {packed.scalars['bfloat']}, expected 0 or 1")
     codes = torch.from_numpy(np.array(packed.arrays["codes"]))
     if codes.dtype == torch.float32:
         return codes.view(packed.shape)

@@ -419,6 +419,8 @@ def _unpack_nibbles(data: np.ndarray, rows: int) -> np.ndarray:
 
 def decode(packed: PackedTensor) -> Tensor:
     """float32 [out, in]. Raises InputError, or ValueError from `bitpack`, for arrays that `encode` did not write."""
+    flat = ("uint8", (None,))
+    packed.expect({"rows", "columns", "base"}, codes=flat, scales=flat, map=flat)
     cut = _Cut(packed.shape, *_side_lengths(packed))
     widths, order = _read_map(packed, cut)
     starts, total = _starts(widths, cut)
@@ -442,8 +444,6 @@ def decode(packed: PackedTensor) -> Tensor:
 def _side_lengths(packed: PackedTensor) -> tuple[int, int]:
     """Rows and columns of a tile; `base` is checked along with them."""
     rows, columns, base = (packed.scalars[key] for key in ("rows", "columns", "base"))
-    if not all(type(value) is int for value in (rows, columns, base)):
-        raise InputError(f"tiles of {rows!r} x {columns!r} and base {base!r}: expected integers")
     try:
         Settings(rows, columns)
     except ValueError as error:
@@ -466,6 +466,6 @@ def _read_map(packed: PackedTensor, cut: _Cut) -> tuple[np.ndarray, np.ndarray]:
 
 def _bytes(packed: PackedTensor, part: str, size: int) -> np.ndarray:
     array = packed.arrays[part]
-    if array.dtype != np.uint8 or array.shape != (size,):
-        raise InputError(f"{part} are {array.dtype}{list(array.shape)}, expected uint8[{size}]")
+    if array.size != size:
+        raise InputError(f"{part} are {array.size} bytes, expected {size}")
     return array

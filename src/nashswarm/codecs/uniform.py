@@ -44,7 +44,9 @@ def min_max_grid(values: Tensor, bits: int) -> tuple[Tensor, np.ndarray]:
 
 
 def on_grid(codes: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """min + code * scale, float32 [n]."""
+    """min + code * scale, float32 [n]. Raises InputError for a grid that is not finite."""
+    if not np.isfinite(grid).all():
+        raise InputError(f"a grid from {grid[0]} in steps of {grid[1]} is not finite")
     reach = np.float64(grid[1]) * codes + np.float64(grid[0])  # double: near float32's end the sum may round beyond it
     return np.clip(reach, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
 
@@ -58,7 +60,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
 
 
 def decode(packed: PackedTensor) -> Tensor:
-    """float32 [out, in]."""
+    """float32 [out, in]. Raises InputError, or ValueError from `bitpack`, for what `encode` did not write."""
+    packed.expect({"bits"}, codes=("uint8", (None,)), scales=("float32", (2,)))
     count = packed.shape[0] * packed.shape[1]
     codes = unpack(packed.arrays["codes"], packed.scalars["bits"], count)
     return torch.from_numpy(on_grid(codes, packed.arrays["scales"])).view(packed.shape)

@@ -195,33 +195,30 @@ def test_a_rise_in_loss_asked_for_costs_what_that_budget_does(budget: float) -> 
 
 # --- teams ---------------------------------------------------------------------------------------------------------
 
-NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
-def whole_offers(rng: np.random.Generator, layers: int = 2) -> list[Offer]:
-    """Matrices of Llama-style blocks and a head, each of one width out of three."""
-    names = [(f"model.layers.{i}.x.{name}.weight", i) for i in range(layers) for name in NAMES]
+def team_offers(rng: np.random.Generator, teams: list[str | None]) -> list[Offer]:
+    """Matrices that buy a width out of three."""
     offers = []
-    for name, layer in [*names, ("lm_head.weight", None)]:
+    for number, team in enumerate(teams):
         table = random_table(rng, 1, 3)
         found = Candidates(
             options=np.array([2.0, 4, 8]), size=table.size, distortion=table.distortion, continuous=False,
-            weights=np.array([64]), whole=True,
+            weights=np.array([64]), whole=True, team=team,
         )  # fmt: skip
-        offers.append(Offer(TensorSpec(name, (8, 8), "linear", "mlp", layer), candidates=found))
+        offers.append(Offer(TensorSpec(f"m{number}", (8, 8), "linear", "mlp", 0), candidates=found))
     return offers
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_team_buys_one_width_and_no_other_purchase_of_teams_is_better(seed: int) -> None:
-    offers = whole_offers(np.random.default_rng(seed), layers=1)
-    teams = [[0, 1, 2], [3], [4, 5], [6], [7]]
+    offers = team_offers(np.random.default_rng(seed), ["a", None, "a", "b", None, "b", "a"])
+    teams = [[0, 2, 6], [1], [3, 5], [4]]
     sizes, distortions = (
         np.array([[sum(getattr(offers[i].candidates, key)[0, o] for i in team) for o in range(3)] for team in teams])
         for key in ("size", "distortion")
     )
     budget = int(sizes[:, 1].sum())
-    found = market.allocate(offers, Settings(budget_bytes=budget, fused=True))
+    found = market.allocate(offers, Settings(budget_bytes=budget))
     bits = [found.choices[o.tensor.name].bits for o in offers]
     assert all(len({bits[i] for i in team}) == 1 for team in teams)
     all_sizes, all_distortions = totals(Table(sizes, distortions))
@@ -232,18 +229,11 @@ def test_a_team_buys_one_width_and_no_other_purchase_of_teams_is_better(seed: in
     assert sum(found.histogram.values()) == 64 * len(offers)
 
 
-def test_teams_are_of_one_block_and_only_where_asked_for() -> None:
-    offers = whole_offers(np.random.default_rng(0))
-    budget = int(sum(float(o.candidates.size[0, 1]) for o in offers if o.candidates))
-    fused, free = (market.allocate(offers, Settings(budget_bytes=budget, fused=f)) for f in (True, False))
-    assert fused.predicted_rise is not None
-    assert free.predicted_rise is not None
-    assert free.predicted_rise < fused.predicted_rise
-    queries = {fused.choices[f"model.layers.{i}.x.q_proj.weight"].bits for i in (0, 1)}
-    assert len(queries) == 2, "with this seed the blocks' teams buy different widths"
-
-
-@pytest.mark.parametrize("continuous", [True, False])
-def test_pieces_that_have_no_one_width_cannot_be_a_team(continuous: bool) -> None:
-    with pytest.raises(ValueError, match="fused: m0 has no one width to share; use codec grouped or gptq"):
-        market.allocate(gaussian_offers(continuous), Settings(budget=4.0, fused=True))
+def test_matrices_of_no_team_buy_for_themselves() -> None:
+    free = team_offers(np.random.default_rng(0), [None] * 6)
+    bound = team_offers(np.random.default_rng(0), ["a"] * 6)
+    budget = int(sum(float(o.candidates.size[0, 1]) for o in free if o.candidates))
+    found = [market.allocate(offers, Settings(budget_bytes=budget)) for offers in (free, bound)]
+    assert len({c.bits for c in found[0].choices.values()}) > 1
+    assert len({c.bits for c in found[1].choices.values()}) == 1
+    assert (found[0].predicted_rise or 0) < (found[1].predicted_rise or 0)

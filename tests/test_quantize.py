@@ -148,7 +148,8 @@ def test_the_manifest_tells_how_the_model_was_made(quantizable: Models, tmp_path
     assert provenance.method == {
         **{"name": "mine", "scope": "all", "accounting": "true", "importance": "magnitude"},
         **{"allocator": "uniform", "codec": "grouped", "bits": 3, "embedding_bits": None},
-        **{"group": 16, "embedding_group": None, "clip_search": True, "symmetric": False, "widths": [2, 3, 4, 8]},
+        **{"group": 16, "embedding_group": None, "clip_search": True, "symmetric": False},
+        **{"widths": [2, 3, 4, 8], "fused": False},
     }
     assert provenance.certificate["histogram"] == {"3": sum(t.weights for t in model.index.tensors)}
     assert parse_method("mine", {k: v for k, v in provenance.method.items() if k != "name"}) == method

@@ -109,6 +109,7 @@ class Candidates:
     weights: np.ndarray  # int64 [players]
     per_strip: int = 1  # tiles side by side in a strip of rows
     whole: bool = False  # the one player is the matrix, which has one width
+    team: str | None = None  # matrices of one team buy one width, together; those must be whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,6 @@ BUYS = "candidates"
 NEEDS_IMPORTANCE = False
 FINE = 32  # options put between two neighbours where options are continuous: steps of 0.5 % at 1/4 octave
 PRICES = 1e-30, 1e6  # nats per byte; bisection runs between them
-# Matrices of a block that programs multiply as one, and then want in one width.
-TEAMS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ROUNDS = 200  # of bisection: the two prices meet to the last bit
 
 
@@ -34,7 +32,6 @@ class Settings:
     budget: float | None = None  # bits per weight
     budget_bytes: int | None = None
     target_rise: float | None = None  # nats per token, as predicted by the quadratic model
-    fused: bool = False  # q, k and v of a block, and gate and up, buy one width as one player
 
     def __post_init__(self) -> None:
         given = [k for k in ("budget", "budget_bytes", "target_rise") if getattr(self, k) is not None]
@@ -76,7 +73,7 @@ def allocate(offers: Iterable[Offer], settings: Settings, ledger: Ledger | None 
     """The equilibrium at the budget. Raises ValueError where even the coarsest options do not fit."""
     offers = list(offers)
     grids = [_fine(offer.candidates) for offer in offers if offer.candidates is not None]
-    owners = _owners(offers, grids, settings.fused)
+    owners = _owners(offers, grids)
     table = _summed(_table(grids), owners)
     ledger = ledger or Ledger(sum(o.tensor.weights for o in offers), 0.0)
     asked = asked_bytes(settings, ledger.parameters)
@@ -205,24 +202,11 @@ def _table(grids: Sequence[Candidates]) -> Table:
     return Table(np.concatenate([padded(g.size) for g in grids]), np.concatenate([padded(g.distortion) for g in grids]))
 
 
-def _owners(offers: Sequence[Offer], grids: Sequence[Candidates], fused: bool) -> np.ndarray:
+def _owners(offers: Sequence[Offer], grids: Sequence[Candidates]) -> np.ndarray:
     """Who buys for each piece, int64 [pieces]: itself, or the team that its matrix belongs to."""
-    owners: list[int] = []
-    teams: dict[object, int] = {}
-    for offer, grid in zip(offers, grids, strict=True):
-        if fused and not grid.whole:
-            raise ValueError(f"fused: {offer.tensor.name} has no one width to share; use codec grouped or gptq")
-        team = _team(offer) if fused else None
-        for piece in range(len(grid.size)):
-            key = (offer.tensor.name, piece) if team is None else team
-            owners.append(teams.setdefault(key, len(teams)))
-    return np.array(owners)
-
-
-def _team(offer: Offer) -> tuple[int, int] | None:
-    module = offer.tensor.name.removesuffix(".weight").rpartition(".")[2]
-    found = [number for number, team in enumerate(TEAMS) if module in team]
-    return (offer.tensor.layer, found[0]) if found and offer.tensor.layer is not None else None
+    known: dict[object, int] = {}
+    pieces = ((o, g, i) for o, g in zip(offers, grids, strict=True) for i in range(len(g.size)))
+    return np.array([known.setdefault(g.team or (o.tensor.name, i), len(known)) for o, g, i in pieces])
 
 
 def _summed(table: Table, owners: np.ndarray) -> Table:

@@ -23,6 +23,8 @@ from nashswarm.types import Candidates, Choice, InputError, Job, PackedTensor, T
 
 SELLS = ("widths", "candidates")
 WIDTHS = (2, 3, 4, 8)
+# Matrices of a block that programs multiply as one, and then want in one width.
+TEAMS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 CLIPS = tuple(1 - 0.04 * i for i in range(16))  # 1.00 down to 0.40 of the range: 2 bits want about 0.6, 4 bits 0.9
 CHUNK = 1 << 24  # weights per round of the search; bounds its temporaries to about 0.3 GiB
 
@@ -36,6 +38,7 @@ class Settings:
     clip_search: bool = True
     symmetric: bool = False
     widths: tuple[int, ...] = WIDTHS  # that a market may buy
+    fused: bool = False  # where it buys: q, k and v of a block have one width, and so have gate and up
 
     def __post_init__(self) -> None:
         if not self.widths or not {*self.widths} <= {*WIDTHS} or list(self.widths) != sorted({*self.widths}):
@@ -96,7 +99,17 @@ def priced(job: Job, settings: Settings, damage: Callable[[Tensor], float]) -> C
         continuous=False,
         weights=np.array([job.tensor.weights]),
         whole=True,
+        team=_team(job.tensor) if settings.fused else None,
     )
+
+
+def _team(tensor: TensorSpec) -> str | None:
+    """The block's name and the modules that must share a width, for a matrix that is of them."""
+    block, _, module = tensor.name.removesuffix(".weight").rpartition(".")
+    for team in TEAMS:
+        if module in team and tensor.layer is not None:
+            return ".".join([block, *team])
+    return None
 
 
 def row_grids(job: Job, bits: int, group: int, settings: Settings, power: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,10 @@ def main(params: Params, model: str, method: str) -> None:
     ids = artifacts.read_tokens(LAYOUT.download(model), params.active.calibration, "calibration").ids
     opened = quantize.open_model(LAYOUT, model)
     preflight.check([preflight.packing_need(opened.index, recipe)], LAYOUT.root)
-    quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress)
+    parent, files = LAYOUT.staging / "packed" / model, opened.record.files
+    journal = quantize.open_journal(parent, method, recipe, allocation, ids, files, LAYOUT.scores(model))
+    quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress, journal)
+    journal.close()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def quantize_directory(
 
     Gives the bytes that the pipeline gives for a model of source `origin` (else `path`) under that name, a corpus with
     that calibration text, the same method and scoring. Raises NashSwarmError, and then leaves what was at `output`.
+    What an interrupted run had finished of scoring and packing lies beside `output` until the same run comes to an end.
     """
     models.checkpoint_files(source)  # no pickles, no remote code: before transformers sees the directory
     index = models.describe(source)
@@ -50,12 +51,15 @@ def quantize_directory(
         for tensor, found in statistics.gather(original, index, ids, scoring, progress, journal):
             artifacts.write_statistics(scores, tensor.name, found)
         model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
-        packed = target / "packed"
-        quantize.pack(model, method, quantize.allocate(model, method, progress), ids, packed, progress)
+        packed, allocation = target / "packed", quantize.allocate(model, method, progress)
+        place = output.absolute().parent, f".{output.name}.pack"
+        finished = quantize.open_journal(*place, method, allocation, ids, files, scores)
+        quantize.pack(model, method, allocation, ids, packed, progress, finished)
         for file in packed.iterdir():
             file.rename(target / file.name)
         packed.rmdir()
     journal.close()
+    finished.close()
 
 
 def unpack_directory(directory: Path, output: Path, dtype: str) -> None:

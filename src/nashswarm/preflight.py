@@ -113,7 +113,7 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
     return Need(
         "pack",
         BASE + _resident(index) + streams + codes + 24 * largest,
-        2 * index.parameters * bits // 8,
+        3 * index.parameters * bits // 8,  # spool, payload, and what an interrupted run would go on from
         (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix) * seconds + rounding,
         f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads",
     )

@@ -103,18 +103,25 @@ class Propagation(Blocks):
         return Aim(self._aims[tensor.name], sums.moment(bias is not None).float().numpy())
 
     @torch.no_grad()
-    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
-        """Put the rounded matrix, float32 [out, in], in the model; its bias takes up the mean of the rounding error."""
+    def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> np.ndarray | None:
+        """Put the rounded matrix, float32 [out, in], in the model; its bias takes up the mean of the rounding error.
+
+        Arguments: `bias`, float32 [out], what this returned in a run that was interrupted; such a matrix needs no aim.
+        Returns: the bias as it is now, None where there is none.
+        """
         if tensor.layer is not None:
             self._enter(tensor.layer)
         parameter = self.model.get_parameter(tensor.name)
         parameter.copy_(weight.T if tensor.kind == "conv1d" else weight)
         if tensor.layer is not None and tensor.name in self._once:
             self._settled[tensor.name] = {}
-        bias, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
+        own, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
         aim = self._aims.pop(tensor.name, None)
-        if bias is not None and mean is not None and aim is not None:
-            bias += (aim - weight) @ mean
+        if own is not None and mean is not None and aim is not None:
+            own += (aim - weight) @ mean
+        if own is not None and bias is not None:
+            own.copy_(torch.from_numpy(bias))
+        return None if own is None else own.numpy().copy()
 
     def vector(self, name: str) -> np.ndarray:
         """A vector of the model as it is now, float32. Raises NashSwarmError where a correction left all bounds."""

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from nashswarm import artifacts, packed
+from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Method, load_room
 from nashswarm.models import Checkpoint, load_streamed
 from nashswarm.packed import Provenance, write_packed
 from nashswarm.propagation import Aim, Propagation
-from nashswarm.recipes import KEPT, method_document
+from nashswarm.recipes import KEPT, method_document, method_files
+from nashswarm.resume import BIAS, Finished, keep_misses, misses
 from nashswarm.types import (
     Allocation,
     Choice,
@@ -144,27 +146,69 @@ def _sized(allocation: Allocation, sizes: Mapping[str, float]) -> Allocation:
 # --- packing -------------------------------------------------------------------------------------------------------
 
 
+def open_journal(
+    parent: Path,
+    purpose: str,
+    method: Method,
+    allocation: Allocation,
+    ids: np.ndarray,
+    files: Mapping[str, str],
+    scores: Path,
+) -> artifacts.Journal:
+    """Where `pack` keeps what it has finished, below `parent`; a run of which anything differs finds nothing there.
+
+    Arguments: `files`, the checkpoint's, name -> SHA-256; `scores`, the directory of the statistics' files.
+    """
+    statistics = {path.name: artifacts.sha256_file(path) for path in sorted(scores.iterdir())}
+    facts = (files, statistics, artifacts.digest(ids), method_document(method), code(method))
+    versions = (torch.__version__, np.__version__, torch.get_num_threads())
+    return artifacts.Journal.of(parent, purpose, *facts, artifacts.allocation_document(allocation), *versions)
+
+
+def code(method: Method) -> dict[str, str]:
+    """The files that compute a packing, and their SHA-256."""
+    source = Path(__file__).parents[1]
+    return fingerprint(closure([Path(__file__), *method_files(source, method)], [source]), source)
+
+
 def pack(
-    model: Model, method: Method, allocation: Allocation, ids: np.ndarray, directory: Path, progress: Progress
+    model: Model,
+    method: Method,
+    allocation: Allocation,
+    ids: np.ndarray,
+    directory: Path,
+    progress: Progress,
+    journal: artifacts.Journal | None = None,
 ) -> None:
     """Encode every tensor and write the packed directory, within the budget.
 
-    Arguments: `ids`, int32 [tokens], the calibration text, for methods that fit matrices to the quantized prefix.
+    Arguments: `ids`, int32 [tokens], the calibration text, for methods that fit matrices to the quantized prefix;
+    `journal`, by `open_journal`: what is finished there is not done again. The caller closes it.
     Raises NashSwarmError where the files would exceed the budget.
     """
+    missed = misses(journal)
     tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
     reserve, response, before = 0.0, 1.0, (0.0, 0.0)  # `response`: bytes that one byte of reserve saves
     fitting: list[tuple[int, float]] = []  # bytes packed, and with which reserve
     for number in range(PACKING_ROUNDS):
         if fitting and number == PACKING_ROUNDS - 1:
             reserve = max(fitting)[1]  # once more what is known to fit
-        walk = _propagation(model, ids, tokens) if tokens else Plain(model)
-        course = Course(walk, allocation, reserve=reserve)
-        _write(model, method, allocation, directory, course, progress)
-        bought, ease = packed.file_bytes(directory), CAUTION ** max(number - 1, 0)
-        if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * ease * asked:
-            break
-        logger.info("%d bytes packed, %d asked%s", bought, asked, ": once more" if number < PACKING_ROUNDS - 1 else "")
+        ease = CAUTION ** max(number - 1, 0)
+        if number < len(missed):
+            bought = missed[number]
+        else:
+            walk = _propagation(model, ids, tokens) if tokens else Plain(model)
+            course = Course(walk, allocation, reserve=reserve)
+            _write(model, method, allocation, directory, course, progress, Finished(journal, number))
+            bought = packed.file_bytes(directory)
+            if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * ease * asked:
+                break
+            again = number < PACKING_ROUNDS - 1
+            logger.info("%d bytes packed, %d asked%s", bought, asked, ": once more" if again else "")
+            if again:
+                missed.append(bought)
+                keep_misses(journal, missed)
+        assert asked is not None
         if bought <= asked:
             fitting.append((bought, reserve))
         if number and reserve != before[0]:
@@ -177,31 +221,52 @@ def pack(
 
 
 def encode(
-    model: Model, method: Method, allocation: Allocation, course: Course, progress: Progress
+    model: Model,
+    method: Method,
+    allocation: Allocation,
+    course: Course,
+    progress: Progress,
+    finished: Finished = Finished(),  # noqa: B008 (frozen)
 ) -> Iterator[tuple[str, PackedTensor]]:
-    """Every matrix of the model, packed: those in scope by the method's codec, the others kept as they are."""
+    """Every matrix of the model, packed: those in scope by the method's codec, the others kept as they are.
+
+    Codecs of two passes round every matrix before they code the first.
+    """
     codec, kept = load_room("codecs", method.codec), load_room("codecs", KEPT)
     two_passes = hasattr(codec, "round_one")
+    make, restore = (codec.round_one, codec.Rounded) if two_passes else (codec.encode, PackedTensor)
     rounded = []
     for tensor in progress(course.walk.order(), "pack"):
         choice = allocation.choices.get(tensor.name)
         if choice is None:
             yield tensor.name, kept.encode(_job(model, tensor, method, Choice()), kept.Settings())
             continue
-        job = course.job(_job(model, tensor, method, choice))
-        if two_passes:
-            rounded.append(codec.round_one(job, method.codec_settings))
-            course.settle(tensor, rounded[-1].weight, rounded[-1].size)
+        before = finished.read(tensor)
+        if before is None:
+            item = make(course.job(_job(model, tensor, method, choice)), method.codec_settings)
         else:
-            item = codec.encode(job, method.codec_settings)
-            course.settle(tensor, functools.partial(codec.decode, item))
+            course.steered(tensor.name, choice)
+            item = restore.from_arrays(tensor, before)
+        weight, size = (item.weight, item.size) if two_passes else (functools.partial(codec.decode, item), None)
+        bias = course.settle(tensor, weight, size, None if before is None else before.get(BIAS))
+        if before is None:
+            finished.keep(tensor, item.to_arrays(), bias)
+        if two_passes:
+            rounded.append(item)
+        else:
             yield tensor.name, item
     if two_passes:
         yield from codec.assemble(rounded)
 
 
 def _write(
-    model: Model, method: Method, allocation: Allocation, directory: Path, course: Course, progress: Progress
+    model: Model,
+    method: Method,
+    allocation: Allocation,
+    directory: Path,
+    course: Course,
+    progress: Progress,
+    finished: Finished = Finished(),  # noqa: B008 (frozen)
 ) -> None:
     record, unstored = model.record, ("choices", "bought_bytes")
     provenance = Provenance(
@@ -216,7 +281,7 @@ def _write(
     )
     stored = () if method.codec == "source" else model.index.vectors
     vectors = ((v, course.walk.vector(v.name)) for v in stored)  # after all matrices: their biases may have moved
-    tensors = encode(model, method, allocation, course, progress)
+    tensors = encode(model, method, allocation, course, progress, finished)
     write_packed(directory, provenance, tensors, vectors, model.checkpoint.directory)
 
 
@@ -232,8 +297,8 @@ class Walk(Protocol):
     def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim:
         """Where to round a matrix to; `weight` is the original's."""
 
-    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
-        """What became of it."""
+    def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> np.ndarray | None:
+        """What became of it. Returns its bias, which a run that goes on behind it hands back in place of aiming it."""
 
     def vector(self, name: str) -> np.ndarray:
         """A vector of the model as it is to be stored, float32."""
@@ -253,7 +318,7 @@ class Plain:
         """At the original."""
         return Aim(weight)
 
-    def settle(self, tensor: TensorSpec, weight: Tensor) -> None:
+    def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> None:
         """Nothing follows."""
 
     def vector(self, name: str) -> np.ndarray:
@@ -282,20 +347,29 @@ class Course:
     def job(self, job: Job) -> Job:
         """The same, aimed, and with its step corrected."""
         aim = self.walk.aim(job.tensor, job.weight)
-        choice, statistics = job.choice, job.statistics
-        if choice.step is not None and self.steer:
-            correction = self.corrections[job.tensor.name] = self._correction()
-            choice = dataclasses.replace(choice, step=choice.step + correction)
+        choice, statistics = self.steered(job.tensor.name, job.choice), job.statistics
         if aim.second_moment is not None and statistics is not None:
             statistics = dataclasses.replace(statistics, second_moment=aim.second_moment)
         return dataclasses.replace(job, weight=aim.weight, choice=choice, statistics=statistics)
 
-    def settle(self, tensor: TensorSpec, weight: Callable[[], Tensor], size: float | None = None) -> None:
-        """Note what a matrix took, and hand its values on."""
+    def steered(self, name: str, choice: Choice) -> Choice:
+        """A matrix' choice with its step corrected by what those before it took."""
+        if choice.step is None or not self.steer:
+            return choice
+        correction = self.corrections[name] = self._correction()
+        return dataclasses.replace(choice, step=choice.step + correction)
+
+    def settle(
+        self,
+        tensor: TensorSpec,
+        weight: Callable[[], Tensor],
+        size: float | None = None,
+        bias: np.ndarray | None = None,
+    ) -> np.ndarray | None:
+        """Note what a matrix took, and hand its values on; `bias` and what is returned are the walk's."""
         if size is not None:
             self.sizes[tensor.name] = size
-        if not isinstance(self.walk, Plain):
-            self.walk.settle(tensor, weight())
+        return None if isinstance(self.walk, Plain) else self.walk.settle(tensor, weight(), bias)
 
     @functools.cached_property
     def _expected(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -195,6 +195,22 @@ class PackedTensor:
     shared: Mapping[str, np.ndarray] = field(
         default_factory=dict
     )  # arrays that all tensors of the model have in common
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it but its shape, as arrays."""
+        groups = {"arrays": self.arrays, "scalars": self.scalars, "shared": self.shared}
+        named = {f"{group}.{k}": np.asarray(v) for group, items in groups.items() for k, v in items.items()}
+        return {**named, "codec": np.frombuffer(self.codec.encode(), np.uint8)}
+
+    @classmethod
+    def from_arrays(cls, tensor: TensorSpec, kept: Mapping[str, np.ndarray]) -> Self:
+        """Inverse of `to_arrays`."""
+
+        def group(name: str) -> dict[str, np.ndarray]:
+            return {k.removeprefix(f"{name}."): v for k, v in kept.items() if k.startswith(f"{name}.")}
+
+        scalars = {k: v.item() for k, v in group("scalars").items()}
+        return cls(kept["codec"].tobytes().decode(), tensor.shape, group("arrays"), scalars, group("shared"))
 
     def expect(self, numbers: Collection[str], /, **arrays: tuple[str, tuple[int | None, ...]]) -> None:
         """Raise InputError unless it holds these integers and arrays, each of this dtype and shape, and no others.

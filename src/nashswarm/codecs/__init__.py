@@ -9,5 +9,8 @@ A codec is a module with
     decode(packed: PackedTensor) -> Tensor      float32 [out, in], exactly the weights that `encode` meant
     offer(job: Job, settings) -> Candidates     where SELLS has candidates: bytes and damage of what a market can buy
 
+A codec whose matrices have tables in common has `round_one(job, settings) -> Rounded` and `assemble(all of them)`, too;
+what an interrupted run had rounded is kept by `Rounded.to_arrays` and `from_arrays`, as PackedTensor's for the others.
+
 `tests/test_codecs.py` checks every file here against this contract.
 """

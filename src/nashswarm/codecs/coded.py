@@ -17,15 +17,16 @@ tables are common to all tensors of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nashswarm import entropy, feedback, trellis
-from nashswarm.types import Candidates, InputError, Job, PackedTensor
+from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec
 
 SELLS = ("candidates",)
 WIDTHS: tuple[int, ...] = ()
@@ -42,6 +43,7 @@ OUTPUT_DAMPING = 1.0
 INPUT_DAMPING = 0.1
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
+SIDES = ("rows", "columns")
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
 
 
@@ -181,6 +183,22 @@ class Rounded:
     codes: np.ndarray  # int8, int16 or int32 [out, in]: the narrowest that holds them
     contexts: tuple[np.ndarray, np.ndarray]  # int8 [out], int8 [in]
     size: float  # bytes of its codes with tables of its own
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All of it but its name and shape, as arrays."""
+        numbers = {k: np.array(getattr(self, k)) for k in ("base", "states", "size")}
+        pairs = {"steps": (self.steps.rows, self.steps.columns), "contexts": self.contexts}
+        named = {f"{k}.{side}": a for k, pair in pairs.items() for side, a in zip(SIDES, pair, strict=True)}
+        return {**numbers, **named, "codes": self.codes}
+
+    @classmethod
+    def from_arrays(cls, tensor: TensorSpec, kept: Mapping[str, np.ndarray]) -> Self:
+        """Inverse of `to_arrays`."""
+        base, states, size = (kept[k].item() for k in ("base", "states", "size"))
+        rows, columns, row_contexts, column_contexts = (kept[f"{k}.{s}"] for k in ("steps", "contexts") for s in SIDES)
+        steps = Steps(base / BASE_UNITS, rows, columns)
+        contexts = row_contexts, column_contexts
+        return cls(tensor.name, tensor.shape, base, steps, states, kept["codes"], contexts, size)
 
     def weight(self) -> Tensor:
         """The rounded values, float32 [out, in]."""

@@ -3,8 +3,9 @@
 Random tiles of the given mean width on the shapes of GPT-2 XL and Llama-7B, as many copies of each matrix as make
 `--cold` MiB of packed bytes, which are gone through in turn, so that weights come from memory. In every round each
 contestant makes one product with one copy; a ratio is of two times of one round, the median over rounds is printed with
-the quartiles. GB/s are packed bytes over the median time. The machine's bandwidth is that of threads that add up
-int64s, measured in the same rounds. Note that the cache of a large server may hold more than `--cold`.
+the quartiles. GB/s are packed bytes over the median time. `reading` are torch's threads that add up as many
+bytes of float32, in the same rounds: a lower bound of the machine's bandwidth, which `torch float32` may exceed, since
+it asks for bytes ahead. The cache of a large server may hold more than `--cold`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def int4(shape: tuple[int, int], x: Tensor, copies: int) -> Product | None:
 
 def reading(size: int, copies: int) -> Product:
     """Nothing but reading `size` bytes, with torch's threads."""
-    made = [torch.zeros(size // 8, dtype=torch.int64) for _ in range(copies)]
+    made = [torch.zeros(size // 4) for _ in range(copies)]
     return lambda i: made[i % len(made)].sum()
 
 

@@ -91,6 +91,6 @@ def _compile(wanted: str) -> Path:
         words = [*compiler.split(), *FLAGS, f"-D{name}={value}", "-shared", str(SOURCE), "-o", str(made)]
         done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
         if done.returncode:
-            raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+            raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[:300]}")
         os.replace(made, target)
     return target

@@ -36,6 +36,7 @@ TORCH = {
     "evaluation",
     "feedback",
     "kernels.matrix",
+    "kernels.serving",
     "loading",
     "models",
     "peering",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -309,3 +310,21 @@ def test_importing_compiles_nothing(fresh: Path) -> None:
     code = "import nashswarm.kernels.matrix"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CXX": "false"})
     assert not (fresh / "cache").exists()
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.fuzz
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_touched_beyond_the_arrays(seed: int, tmp_path: Path) -> None:
+    """tests/fuzz_kernels.cpp, with the address and undefined-behaviour sanitizers."""
+    compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
+    flags = [f for f in build.FLAGS if f not in ("-O3", "-fPIC")]
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source, program = Path(__file__).with_name("fuzz_kernels.cpp"), tmp_path / "fuzz"
+    include = f"-I{build.SOURCE.parent}"
+    subprocess.run([compiler, *flags, *sanitizers, include, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program, str(seed), "2500"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[:2000]

@@ -59,7 +59,8 @@ def packed(shape: tuple[int, int], rng: np.random.Generator) -> PackedTensor:
 def int4(shape: tuple[int, int], x: Tensor, copies: int) -> Product | None:
     """torch's own product with 4-bit weights, where this version has it for this shape."""
     codes = torch.randint(0, 16, shape, dtype=torch.int32)
-    scales = torch.rand(-(-shape[1] // GROUP), shape[0], 2)
+    scales = torch.rand(-(-shape[1] // GROUP), shape[0], 2).bfloat16()
+    x = x.bfloat16()  # its fast path
     try:
         made = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).clone() for _ in range(copies)]
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu

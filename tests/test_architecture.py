@@ -35,6 +35,8 @@ TORCH = {
     "blocks",
     "evaluation",
     "feedback",
+    "kernels.matrix",
+    "kernels.serving",
     "loading",
     "models",
     "peering",
@@ -47,8 +49,8 @@ TORCH = {
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs
-WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports", "peers.llama_cpp"}
+# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs; build: its library, in a cache
+WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports", "kernels.build", "peers.llama_cpp"}
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 

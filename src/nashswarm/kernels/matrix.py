@@ -1,0 +1,198 @@
+"""One packed matrix of the codec `tiles`, ready for products with a few rows of activations.
+
+The arrays are used as they lie in the file (codes are copied once where they do not begin at a multiple of 64 bytes).
+What is added is an index: for every tile of a width above 0 its group of columns (2 bytes), for every strip of rows the
+numbers of its tiles (16 bytes) and where they begin (16 bytes), for every column its place (4 bytes). Of a matrix of
+4096 x 4096 at 3.25 bits that is 0.4 %.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nashswarm.bitpack import packed_size, unpack
+from nashswarm.config import load_room
+from nashswarm.kernels.build import library
+from nashswarm.types import InputError, PackedTensor
+
+Activations = Literal["float32", "int8"]
+Set = Literal["portable", "avx2", "avx512"]
+DIGITS: dict[str, int] = {"float32": 3, "int8": 1}  # of 8 bits, for each activation
+SETS: tuple[Set, ...] = ("portable", "avx2", "avx512")
+WIDTHS = np.array([0, 1, 2, 3, 4, 5, 6, 8])
+INDEX_BITS = 3
+MOST_ROWS = 8  # of activations in one pass over the matrix
+MOST_GROUPS = 2**16 - 1  # of columns: 16 bits name them
+LARGEST_SIDE = 4096
+ALIGNMENT = 64  # bytes: a line of the cache, and a vector
+
+
+class _Layout(ctypes.Structure):
+    """`Matrix` of tiles.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "nibbles", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("groups", "counts", "code_starts", "tile_starts", "order")),
+        *((name, ctypes.c_int32) for name in ("out", "columns_in", "rows", "columns", "base")),
+    )
+
+
+class Matrix:
+    """y = x W^T for x of [..., in], W as `tiles` packed it. Raises InputError for arrays that it did not write.
+
+    With w^ the decoded weights, t a group of columns (those of a tile, in the format's order), T groups, u = 2^-24,
+    and |x|_t the largest activation in a group,
+
+        float32    |y - x w^^T| <= sum_t |x|_t sum_{c in t} |w^_c|  *  u (T + 8)
+        int8       |y - x w^^T| <= sum_t |x|_t sum_{c in t} |w^_c|  *  (1 / 254 + u (T + 8))
+
+    float32 is float32's precision of a group's largest activation; what a float32 product may be off by is of the same
+    form, with the number of columns in T's place. Groups whose largest is below 2^-90 count as zeros; one that holds
+    inf or nan makes its outputs nan. Every output is the same, bit for bit, with any number of threads, rows beside it
+    and on any processor.
+    """
+
+    def __init__(self, packed: PackedTensor) -> None:
+        if packed.codec != "tiles":
+            raise InputError(f"a matrix of codec {packed.codec}: kernels are for tiles alone")
+        self.packed, self.shape = packed, packed.shape
+        self._library = library()
+        self._arrays = _arrays(packed)
+        pointers = {name: array.ctypes.data for name, array in self._arrays.items()}
+        out, columns_in = packed.shape
+        sides = {name: packed.scalars[name] for name in ("rows", "columns", "base")}
+        self._layout = _Layout(**pointers, out=out, columns_in=columns_in, **sides)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the packed arrays and the index."""
+        return sum(array.nbytes for array in self._arrays.values()) + self.packed.arrays["map"].nbytes
+
+    @property
+    def fast(self) -> bool:
+        """Whether there are kernels; without them every product decodes the matrix."""
+        return self._library is not None
+
+    def instructions(self, most: Set = "avx512") -> Set:
+        """What products run on: the largest set, of those up to `most`, that processor and tiles allow."""
+        if self._library is None:
+            return "portable"
+        found: int = self._library.nashswarm_set(SETS.index(most), self.packed.scalars["rows"])
+        return SETS[found]
+
+    def matmul(
+        self,
+        x: Tensor,
+        activations: Activations = "float32",
+        threads: int | None = None,
+        most: Set = "avx512",
+    ) -> Tensor:
+        """[..., in] -> [..., out], of x's dtype, without a gradient.
+
+        Arguments: `x`, on the processor; more than 8 rows are taken 8 at a time. `activations`, their precision.
+        `threads`, else torch's number. `most`, the largest instruction set to use, for tests and measurements.
+        """
+        if x.shape[-1:] != self.shape[1:] or x.device.type != "cpu":
+            raise InputError(f"x is {list(x.shape)} on {x.device}, expected [..., {self.shape[1]}] on the processor")
+        if activations not in DIGITS:
+            raise InputError(f"activations: {activations!r}; choose {' or '.join(map(repr, DIGITS))}")
+        rows = x.detach().reshape(-1, self.shape[1]).to(torch.float32).contiguous()
+        if self._library is None:
+            weight: Tensor = load_room("codecs", "tiles").decode(self.packed)
+            y = rows @ weight.T
+        else:
+            y = torch.empty(len(rows), self.shape[0])
+            for i in range(0, len(rows), MOST_ROWS):
+                self._multiply(rows[i : i + MOST_ROWS], DIGITS[activations], threads, most, y[i : i + MOST_ROWS])
+        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def _multiply(self, x: Tensor, digits: int, threads: int | None, most: Set, y: Tensor) -> None:
+        assert self._library is not None
+        failed = self._library.nashswarm_multiply(
+            ctypes.byref(self._layout),
+            ctypes.c_void_p(x.data_ptr()),
+            len(x),
+            digits,
+            max(1, threads or torch.get_num_threads()),
+            SETS.index(most),
+            ctypes.c_void_p(y.data_ptr()),
+        )
+        if failed:
+            raise MemoryError(f"no memory for the activations of {len(x)} rows of {self.shape[1]}")
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """The bytes, where a vector does not cross a line of the cache: the array itself, or a copy."""
+    flat = array.reshape(-1).view(np.uint8)
+    if flat.flags.c_contiguous and flat.ctypes.data % ALIGNMENT == 0:
+        return flat
+    room = np.empty(flat.size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    room[start : start + flat.size] = flat
+    return room[start : start + flat.size]
+
+
+# --- what the file says, checked: the kernels trust it ------------------------------------------------------------
+
+
+def _arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
+    """By name in `_Layout`."""
+    rows, columns = _sides(packed)
+    strips, groups = -(-packed.shape[0] // rows), -(-packed.shape[1] // columns)
+    index, order = _map(packed, strips, groups)
+    places = np.argsort(index, 1, kind="stable")
+    in_order = np.take_along_axis(index, places, 1)
+    live = in_order > 0
+    counts = np.stack([(index == i).sum(1) for i in range(len(WIDTHS))], 1)
+    code_bytes = counts @ (rows * columns * WIDTHS // 8)
+    tiles, nibbles = int(live.sum()), (rows + 1) // 2
+    scales = _bytes(packed, "scales", tiles * (nibbles + 1))
+    return {
+        "codes": aligned(_bytes(packed, "codes", int(code_bytes.sum()))),
+        "nibbles": scales[: tiles * nibbles],
+        "bytes": scales[tiles * nibbles :],
+        "groups": places[live].astype(np.uint16),
+        "counts": np.ascontiguousarray(counts, np.uint16),
+        "code_starts": (np.cumsum(code_bytes) - code_bytes).astype(np.int64),
+        "tile_starts": (np.cumsum(live.sum(1)) - live.sum(1)).astype(np.int64),
+        "order": order.astype(np.int32),
+    }
+
+
+def _sides(packed: PackedTensor) -> tuple[int, int]:
+    rows, columns, base = (packed.scalars.get(key) for key in ("rows", "columns", "base"))
+    if not all(type(value) is int for value in (rows, columns, base)):
+        raise InputError(f"tiles of {rows!r} x {columns!r} and base {base!r}: expected integers")
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    assert isinstance(base, int)
+    if not 1 <= rows <= LARGEST_SIDE or columns % 32 or not 32 <= columns <= LARGEST_SIDE or abs(base) > 2**10:
+        raise InputError(f"tiles of {rows} x {columns} and base {base} cannot be read")
+    if not 0 < packed.shape[1] <= columns * MOST_GROUPS or not 0 < packed.shape[0] < 2**31 - LARGEST_SIDE:
+        raise InputError(f"a matrix of {list(packed.shape)} in tiles of {rows} x {columns} is too large for kernels")
+    return rows, columns
+
+
+def _map(packed: PackedTensor, strips: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of widths [strips, groups], the columns in their order [in]."""
+    bits = max(1, (packed.shape[1] - 1).bit_length())
+    cut = packed_size(strips * groups, INDEX_BITS)
+    data = _bytes(packed, "map", cut + packed_size(packed.shape[1], bits))
+    index = unpack(data[:cut], INDEX_BITS, strips * groups).reshape(strips, groups)
+    order = unpack(data[cut:], bits, packed.shape[1])
+    if not np.array_equal(np.sort(order), np.arange(packed.shape[1])):
+        raise InputError("map: the order of columns does not name each column once")
+    return index, order
+
+
+def _bytes(packed: PackedTensor, part: str, size: int) -> np.ndarray:
+    array = packed.arrays.get(part)
+    if array is None or array.dtype != np.uint8 or array.shape != (size,):
+        found = "missing" if array is None else f"{array.dtype}{list(array.shape)}"
+        raise InputError(f"{part} are {found}, expected uint8[{size}]")
+    return np.ascontiguousarray(array)

@@ -22,9 +22,11 @@ def gather(layout: Layout, active: Active) -> dict[tuple[str, str], Allocation]:
 
     Those that are at hand: a report can be made of tracked metrics alone (`make difference`).
     """
-    pairs = [(model, method) for model in active.models for method in active.methods]
     return {
-        pair: artifacts.read_allocation(layout.allocation(*pair)) for pair in pairs if layout.allocation(*pair).exists()
+        (model, method): artifacts.read_allocation(layout.allocation(model, method))
+        for model in active.models
+        for method in active.methods
+        if layout.allocation(model, method).exists()
     }
 
 

@@ -30,7 +30,7 @@ paper: $(READY)  ## the paper's models and OPT-1.3B on WikiText-2, from the hub,
 peers: $(READY)  ## other people's tools on the embedded model, in .venv-peers, beside ours; hours on 2 cores
 	PYTHON=$(PYTHON) tools/peers.sh
 
-seeds: $(READY)  ## three calibration seeds of three methods, into metrics/seeds; ten minutes on 2 cores
+seeds: $(READY)  ## three calibration seeds of three methods, into metrics/seeds; 17 minutes on 2 busy cores
 	python tools/seeds.py
 
 difference: $(READY)  ## what this commit does to main's figures (BASE=... another's), as Markdown and plots in difference/

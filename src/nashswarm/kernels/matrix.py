@@ -3,7 +3,7 @@
 The arrays are used as they lie in the file (codes are copied once where they do not begin at a multiple of 64 bytes).
 What is added is an index: for every tile of a width above 0 its group of columns (2 bytes), for every strip of rows the
 numbers of its tiles (16 bytes) and where they begin (16 bytes), for every column its place (4 bytes). Of a matrix of
-4096 x 4096 at 3.25 bits that is 0.4 %.
+4096 x 4096 at 3.22 bits that is 0.6 %.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ Activations = Literal["float32", "int8"]
 Set = Literal["portable", "avx2", "avx512"]
 DIGITS: dict[str, int] = {"float32": 3, "int8": 1}  # of 8 bits, for each activation
 SETS: tuple[Set, ...] = ("portable", "avx2", "avx512")
-WIDTHS = np.array([0, 1, 2, 3, 4, 5, 6, 8])
-INDEX_BITS = 3
+TILES = load_room("codecs", "tiles")  # whose format this reads
+WIDTHS = np.array(TILES.TILE_WIDTHS)
 MOST_ROWS = 8  # of activations in one pass over the matrix
 MOST_GROUPS = 2**16 - 1  # of columns: 16 bits name them
-LARGEST_SIDE = 4096
 ALIGNMENT = 64  # bytes: a line of the cache, and a vector
 
 
@@ -103,7 +102,7 @@ class Matrix:
             raise InputError(f"activations: {activations!r}; choose {' or '.join(map(repr, DIGITS))}")
         rows = x.detach().reshape(-1, self.shape[1]).to(torch.float32).contiguous()
         if self._library is None:
-            weight: Tensor = load_room("codecs", "tiles").decode(self.packed)
+            weight: Tensor = TILES.decode(self.packed)
             y = rows @ weight.T
         else:
             y = torch.empty(len(rows), self.shape[0])
@@ -171,9 +170,14 @@ def _sides(packed: PackedTensor) -> tuple[int, int]:
     assert isinstance(rows, int)
     assert isinstance(columns, int)
     assert isinstance(base, int)
-    if not 1 <= rows <= LARGEST_SIDE or columns % 32 or not 32 <= columns <= LARGEST_SIDE or abs(base) > 2**10:
+    if (
+        not 1 <= rows <= TILES.LARGEST_SIDE
+        or columns % 32
+        or not 32 <= columns <= TILES.LARGEST_SIDE
+        or abs(base) > 2**10
+    ):
         raise InputError(f"tiles of {rows} x {columns} and base {base} cannot be read")
-    if not 0 < packed.shape[1] <= columns * MOST_GROUPS or not 0 < packed.shape[0] < 2**31 - LARGEST_SIDE:
+    if not 0 < packed.shape[1] <= columns * MOST_GROUPS or not 0 < packed.shape[0] < 2**31 - TILES.LARGEST_SIDE:
         raise InputError(f"a matrix of {list(packed.shape)} in tiles of {rows} x {columns} is too large for kernels")
     return rows, columns
 
@@ -181,9 +185,9 @@ def _sides(packed: PackedTensor) -> tuple[int, int]:
 def _map(packed: PackedTensor, strips: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of widths [strips, groups], the columns in their order [in]."""
     bits = max(1, (packed.shape[1] - 1).bit_length())
-    cut = packed_size(strips * groups, INDEX_BITS)
+    cut = packed_size(strips * groups, TILES.INDEX_BITS)
     data = _bytes(packed, "map", cut + packed_size(packed.shape[1], bits))
-    index = unpack(data[:cut], INDEX_BITS, strips * groups).reshape(strips, groups)
+    index = unpack(data[:cut], TILES.INDEX_BITS, strips * groups).reshape(strips, groups)
     order = unpack(data[cut:], bits, packed.shape[1])
     if not np.array_equal(np.sort(order), np.arange(packed.shape[1])):
         raise InputError("map: the order of columns does not name each column once")

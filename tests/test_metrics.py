@@ -14,7 +14,7 @@ from nashswarm import evaluation, metrics
 from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.corpora import TokenizedSplit
 from nashswarm.loading import load_for_evaluation
-from nashswarm.models import load_original
+from nashswarm.models import load_streamed
 from nashswarm.packed import MANIFEST, PAYLOAD, PackedError, PackedModel
 
 pytestmark = pytest.mark.usefixtures("isolated_modes")
@@ -112,7 +112,7 @@ def test_the_document_has_the_contracts_keys(
 ) -> None:
     made, model, texts = packed("gpt2", method), quantizable("gpt2"), split("gpt2")
     settings = Evaluation(context=CONTEXT, paper=PaperProtocol(texts=(3, 5), length=8))
-    original = load_original(model.checkpoint.directory, model.index)
+    original = load_streamed(model.checkpoint.directory, model.index)
     baseline = evaluation.original_outputs(original, texts, settings, CONTEXT, no_progress)
     quantized = load_for_evaluation(made.opened, model.checkpoint.directory, model.index)
     head = evaluation.original_head(model.checkpoint.directory, model.index)

@@ -22,6 +22,7 @@ from nashswarm.models import (
     describe,
     load_model,
     load_original,
+    load_streamed,
     load_tokenizer,
 )
 from nashswarm.types import InputError, ModelIndex, TensorSpec
@@ -223,6 +224,20 @@ def test_the_original_says_what_transformers_says(family: str, dtype: str, check
     assert not any(p.requires_grad for p in ours.parameters())
     head, table = ours.get_output_embeddings().weight, ours.get_input_embeddings().weight
     assert (head is table) == (family != "llama")
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast", "gelu", "relu"])
+def test_a_streamed_model_takes_gelu_in_one_step(activation: str, copy: Callable[..., Path]) -> None:
+    directory = copy("gpt2")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"activation_function": activation}))
+    index = describe(directory)
+    theirs, ours = load_original(directory, index), load_streamed(directory, index)
+    fused = [m for m in ours.modules() if isinstance(m, torch.nn.GELU)]
+    assert len(fused) == (index.layers if activation in ("gelu_new", "gelu_fast") else 0)
+    ids = torch.arange(2 * CONTEXT).view(2, CONTEXT) * 7 % VOCABULARY
+    with torch.inference_mode():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

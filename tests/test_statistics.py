@@ -34,7 +34,7 @@ Splits = Callable[..., TokenizedSplit]
 
 def run(directory: Path, ids: np.ndarray, scoring: Scoring = SCORING) -> dict[str, Statistics]:
     index = describe(directory)
-    found = gather(load_original(directory, index), index, ids, scoring, no_progress)
+    found = gather(load_streamed(directory, index), index, ids, scoring, no_progress)
     return {tensor.name: statistics for tensor, statistics in found}
 
 

@@ -20,5 +20,5 @@ register_post_import_hook("nashswarm.plugin:register", "transformers.quantizers.
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return importlib.import_module("nashswarm.loading").load
+        return importlib.import_module("nashswarm.kernels.serving").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -86,29 +86,39 @@ def paper_texts(split: TokenizedSplit, protocol: PaperProtocol, pad: int) -> tup
 # --- running a model -----------------------------------------------------------------------------------------------
 
 
-def hidden_states(
-    model: PreTrainedModel, ids: np.ndarray, context: int, batch_tokens: int, progress: Progress
-) -> list[Tensor]:
-    """The states before the head of each window, float32 [window, width]."""
+def outputs(
+    model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
+) -> tuple[list[Tensor], np.ndarray]:
+    """What both protocols need, in one pass over the model's blocks.
+
+    Arguments: `context`, tokens per window. Returns the states before the head of each window, float32 [window, width],
+    and the mean loss of each text by the paper's protocol, float64 [texts], nats.
+    """
+    in_windows = _window_batches(split.ids, context, settings.batch_tokens)
+    texts = paper_texts(split, settings.paper, _first(model.config.eos_token_id))
+    size = max(1, settings.batch_tokens // settings.paper.length)
+    in_texts = [
+        {"input_ids": ids, "attention_mask": mask}
+        for ids, mask in zip(*(torch.from_numpy(rows).split(size) for rows in texts), strict=True)
+    ]
+    states = outputs_by_block(model, in_windows + in_texts, progress)
+    head, count = model.get_output_embeddings(), len(in_windows)
+    with torch.inference_mode():
+        losses = [
+            _text_loss(head(hidden), ids)
+            for batch, given in zip(states[count:], in_texts, strict=True)
+            for hidden, ids in zip(batch, given["input_ids"], strict=True)
+        ]
+    return [window for batch in states[:count] for window in batch], np.array(losses)
+
+
+def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[dict[str, Tensor]]:
+    """Inputs of the model; the last window, where it is shorter, by itself."""
     cut = windows(ids, context)
     batch = max(1, batch_tokens // context)
     full = len(cut) - (len(cut[-1]) < context)
     groups = [cut[i : min(i + batch, full)] for i in range(0, full, batch)] + [[w] for w in cut[full:]]
-    inputs = [{"input_ids": torch.from_numpy(np.stack(group).astype(np.int64))} for group in groups]
-    return [window for states in outputs_by_block(model, inputs, progress) for window in states]
-
-
-def paper_losses(
-    model: PreTrainedModel, split: TokenizedSplit, protocol: PaperProtocol, progress: Progress
-) -> np.ndarray:
-    """Mean loss of each text by the paper's protocol, float64 [texts], nats."""
-    texts = paper_texts(split, protocol, _first(model.config.eos_token_id))
-    rows = [[torch.from_numpy(row)[None] for row in pair] for pair in zip(*texts, strict=True)]
-    inputs = [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-    head = model.get_output_embeddings()
-    with torch.inference_mode():
-        states = outputs_by_block(model, inputs, progress)
-        return np.array([_text_loss(head(s)[0], ids[0]) for s, (ids, _) in zip(states, rows, strict=True)])
+    return [{"input_ids": torch.from_numpy(np.stack(group).astype(np.int64))} for group in groups]
 
 
 def _text_loss(logits: Tensor, ids: Tensor) -> float:
@@ -120,8 +130,8 @@ def original_outputs(
     model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
 ) -> Baseline:
     """Run the original model once. Arguments: `context`, tokens per window."""
-    hidden = torch.cat(hidden_states(model, split.ids, context, settings.batch_tokens, progress))
-    return Baseline(hidden.numpy(), paper_losses(model, split, settings.paper, progress))
+    hidden, texts = outputs(model, split, settings, context, progress)
+    return Baseline(torch.cat(hidden).numpy(), texts)
 
 
 def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
@@ -141,7 +151,7 @@ def measure(
 ) -> Losses:
     """Run a model and compare. Arguments: `head`, the original model's, to make its logits from `baseline.hidden`."""
     cut = windows(split.ids, context)
-    states = hidden_states(model, split.ids, context, settings.batch_tokens, progress)
+    states, texts = outputs(model, split, settings, context, progress)
     own_head = model.get_output_embeddings()
     rows, kls, agreed, start = [], [], 0, 0
     for window, own in zip(progress(cut, "windows"), states, strict=True):
@@ -162,7 +172,7 @@ def measure(
         original_window_losses=original_losses,
         kl=np.concatenate(kls),
         agreement=agreed / int(counts.sum()),
-        paper_losses=paper_losses(model, split, settings.paper, progress),
+        paper_losses=texts,
         original_paper_losses=baseline.paper_losses,
     )
 

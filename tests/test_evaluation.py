@@ -312,8 +312,8 @@ def test_hidden_states_make_the_models_logits(quantizable: Models, split: Splits
     original = load_original(model.checkpoint.directory, model.index)
     head = original_head(model.checkpoint.directory, model.index)
     ids = split("opt").ids[: 2 * CONTEXT]
-    short, settings = dataclasses.replace(split("opt"), ids=ids), dataclasses.replace(SETTINGS, batch_tokens=2 * CONTEXT)
-    states, _ = outputs(original, short, settings, CONTEXT, no_progress)
+    settings = dataclasses.replace(SETTINGS, batch_tokens=2 * CONTEXT)
+    states, _ = outputs(original, dataclasses.replace(split("opt"), ids=ids), settings, CONTEXT, no_progress)
     with torch.inference_mode():
         logits = original(torch.from_numpy(ids.astype(np.int64)).view(2, CONTEXT)).logits
     assert torch.equal(torch.stack([head(s) for s in states]), logits)

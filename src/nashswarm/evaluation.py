@@ -99,7 +99,7 @@ def outputs(
     size = max(1, settings.batch_tokens // settings.paper.length)
     in_texts = [
         {"input_ids": ids, "attention_mask": mask}
-        for ids, mask in zip(*(torch.from_numpy(rows).split(size) for rows in texts), strict=True)
+        for ids, mask in zip(*(torch.split(torch.from_numpy(rows), size) for rows in texts), strict=True)
     ]
     states = outputs_by_block(model, in_windows + in_texts, progress)
     head, count = model.get_output_embeddings(), len(in_windows)

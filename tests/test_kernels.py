@@ -109,6 +109,28 @@ def test_ragged_shapes_of_any_tiles_are_within_the_bound(
     check(random_packed(shape, rows, columns, seed=seed), activations_of(kind, batch, shape[1], seed))
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 300)),
+    rows=st.sampled_from([1, 3, 16, 24, 48]),
+    columns=st.sampled_from([32, 64, 96, 128]),
+    numbers=st.lists(st.integers(0, 89), max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_are_those_of_the_decoded_matrix(
+    shape: tuple[int, int], rows: int, columns: int, numbers: list[int], seed: int
+) -> None:
+    packed = random_packed(shape, rows, columns, seed=seed)
+    asked = torch.tensor(numbers, dtype=torch.int64) % shape[0]
+    assert torch.equal(Matrix(packed).rows(asked[None]), tiles.decode(packed)[asked][None])
+
+
+@pytest.mark.parametrize("number", [-1, 40])
+def test_a_row_that_is_not_there_is_an_error(number: int) -> None:
+    with pytest.raises(IndexError, match="of a matrix that has 40"):
+        Matrix(random_packed((40, 64))).rows(torch.tensor([3, number]))
+
+
 @needs_kernels
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 @pytest.mark.parametrize("columns", [128, 4096])

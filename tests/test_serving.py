@@ -11,6 +11,7 @@ from conftest import FAMILIES, VOCABULARY, Packed
 from nashswarm import loading
 from nashswarm.kernels import build, serving
 from nashswarm.kernels.matrix import Matrix
+from nashswarm.resident import PackedWeight
 from nashswarm.types import PackedTensor
 
 PackedModels = Callable[[str, str], Packed]
@@ -54,6 +55,20 @@ def test_tokens_written_are_the_decoded_models(family: str, packed: PackedModels
         for model in (loading.load(directory), serving.load(directory, resident="packed"))
     ]
     assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_is_looked_up_without_decoding_its_table(
+    family: str, packed: PackedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = packed(family, METHOD).directory
+    model, expected = serving.load(directory, resident="packed"), loading.load(directory)
+    tables = model.get_input_embeddings(), expected.get_input_embeddings()
+    assert torch.equal(*(table(TOKENS.repeat(1, 20)) for table in tables))  # many: the table is decoded
+    monkeypatch.setattr(PackedWeight, "forward", lambda _: pytest.fail("a whole table was decoded"))
+    assert torch.equal(*(table(TOKENS[:, :2]) for table in tables))
+    with pytest.raises(IndexError):
+        tables[0](torch.tensor([VOCABULARY]))
 
 
 def test_many_rows_and_gradients_are_decoded(packed: PackedModels, products: list[tuple[int, ...]]) -> None:

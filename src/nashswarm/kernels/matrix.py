@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm.bitpack import packed_size, unpack
+from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.config import load_room
 from nashswarm.kernels.build import library
 from nashswarm.types import InputError, PackedTensor
@@ -62,6 +62,8 @@ class Matrix:
         self.packed, self.shape = packed, packed.shape
         self._library = library()
         self._arrays = _arrays(packed)
+        bits = max(1, (packed.shape[1] - 1).bit_length())
+        self._order = packed.arrays["map"][-packed_size(packed.shape[1], bits) :]  # of columns, as the file has it
         pointers = {name: array.ctypes.data for name, array in self._arrays.items()}
         out, columns_in = packed.shape
         sides = {name: packed.scalars[name] for name in ("rows", "columns", "base")}
@@ -109,6 +111,37 @@ class Matrix:
             for i in range(0, len(rows), MOST_ROWS):
                 self._multiply(rows[i : i + MOST_ROWS], DIGITS[activations], threads, most, y[i : i + MOST_ROWS])
         return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """W[numbers]: int64 [...] -> float32 [..., in]; only the strips of tiles that hold these rows are decoded.
+
+        Raises IndexError for numbers that are not in 0..out - 1.
+        """
+        if not numbers.numel():
+            return torch.empty(*numbers.shape, self.shape[1])
+        least, most = int(numbers.min()), int(numbers.max())
+        if least < 0 or most >= self.shape[0]:
+            raise IndexError(f"rows {least}..{most} of a matrix that has {self.shape[0]}")
+        strips, places = torch.unique(numbers // self._layout.rows, return_inverse=True)
+        decoded = torch.stack([self._strip(strip) for strip in strips.tolist()])
+        return decoded[places, numbers % self._layout.rows]
+
+    def _strip(self, strip: int) -> Tensor:
+        """[rows, in], padded rows included: the strip as a matrix of its own, of its own parts of the arrays."""
+        rows, columns, arrays = self._layout.rows, self._layout.columns, self._arrays
+        counts = arrays["counts"][strip].astype(np.int64)
+        first, code = int(arrays["tile_starts"][strip]), int(arrays["code_starts"][strip])
+        last, size, pair = first + int(counts[1:].sum()), int(counts @ WIDTHS) * rows * columns // 8, (rows + 1) // 2
+        index = np.zeros(-(-self.shape[1] // columns), np.uint8)
+        index[arrays["groups"][first:last]] = np.repeat(np.arange(1, len(WIDTHS)), counts[1:])
+        scales = arrays["nibbles"][first * pair : last * pair], arrays["bytes"][first:last]
+        parts = {
+            "codes": arrays["codes"][code : code + size],
+            "scales": np.concatenate(scales),
+            "map": np.concatenate([pack(index, TILES.INDEX_BITS), self._order]),
+        }
+        weight: Tensor = TILES.decode(PackedTensor("tiles", (rows, self.shape[1]), parts, self.packed.scalars))
+        return weight
 
     def _multiply(self, x: Tensor, digits: int, threads: int | None, most: Set, y: Tensor) -> None:
         assert self._library is not None

@@ -1,4 +1,4 @@
-"""A model that is resident in packed form, whose layers multiply by the packed bits while it writes token by token.
+"""A model that is resident in packed form, whose layers use the packed bits while it writes token by token.
 
 With up to 8 rows of activations (tokens times batch) a layer's time is that of reading its matrix, and a packed one is
 a tenth of a float32 one. With more, decoding once and multiplying with torch is faster.
@@ -38,9 +38,9 @@ def load(
 def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
     """Let the layers of a model from `load(..., resident="packed")` use `Matrix`; returns how many do.
 
-    They are those of codec `tiles` in a plain Linear or Conv1D. A layer uses its matrix for up to 8 rows on the
-    processor that need no gradient, and decodes it for all else. Logits then differ from the decoded model's as
-    `Matrix` says.
+    They are those of codec `tiles` in a plain Linear, Conv1D or Embedding. The first two use their matrix for up to 8
+    rows on the processor that need no gradient, and decode it for all else; logits then differ from the decoded model's
+    as `Matrix` says. An Embedding decodes the rows that it looks up.
     """
     made: dict[PackedWeight, Matrix] = {}
     layers = [m for m in model.modules() if _takes_part(m)]
@@ -48,18 +48,21 @@ def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
         weight: Any = module.packed_weight
         if weight not in made:
             made[weight] = Matrix(_resident(weight))
-        module.__class__ = _multiplying(type(module))
+        kind = type(module)
+        module.__class__ = _looking_up(kind) if isinstance(module, nn.Embedding) else _multiplying(kind)
         module.kernel, module.activations = made[weight], activations  # type: ignore[assignment]
     return len(layers)
 
 
 def _takes_part(module: nn.Module) -> bool:
-    """Whether its forward is x W^T + bias, as far as can be told, and W is packed in tiles."""
+    """Whether its forward is x W^T + bias or W[x], as far as can be told, and W is packed in tiles."""
     from transformers.pytorch_utils import Conv1D
 
     weight = getattr(module, "packed_weight", None)
     if not isinstance(weight, PackedWeight) or weight.packed.codec != "tiles":
         return False
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward and module.max_norm is None
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
@@ -81,3 +84,15 @@ def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
         return y if self.bias is None else y + self.bias
 
     return type(f"Multiplying{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _looking_up(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, numbers: Tensor) -> Tensor:
+        like = self.packed_weight.like
+        if like.device.type != "cpu" or numbers.numel() * self.kernel.packed.scalars["rows"] > self.num_embeddings:
+            decoded: Tensor = kind.forward(self, numbers)
+            return decoded
+        rows: Tensor = self.kernel.rows(numbers)
+        return rows.to(like.dtype)
+
+    return type(f"LookingUp{kind.__name__}", (kind,), {"forward": forward})

@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, Models, Packed, no_progress
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nashswarm.blocks import Blocks, outputs_by_block
 from nashswarm.config import Scoring
 from nashswarm.loading import load, load_for_evaluation
-from nashswarm.models import BlockWeights, load_original, load_streamed
+from nashswarm.models import BlockWeights, fuse, load_original, load_streamed
 from nashswarm.propagation import Propagation
 from nashswarm.quantize import Model
 from nashswarm.statistics import gather
@@ -45,6 +46,12 @@ def most(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: max(counts)
 
 
+def both(model: Model) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The original streamed, and as a whole."""
+    place = model.checkpoint.directory, model.index
+    return load_streamed(*place), fuse(load_original(*place))
+
+
 def in_blocks(model: Model, loaded: torch.nn.Module) -> list[Tensor]:
     return [loaded.get_parameter(t.name) for t in model.index.tensors if t.layer is not None]
 
@@ -53,7 +60,7 @@ def in_blocks(model: Model, loaded: torch.nn.Module) -> list[Tensor]:
 def test_logits_are_the_originals(family: str, quantizable: Models) -> None:
     model = quantizable(family)
     windows = torch.from_numpy(IDS[:64].astype(np.int64)).view(2, -1)
-    streamed, original = (load(model.checkpoint.directory, model.index) for load in (load_streamed, load_original))
+    streamed, original = both(model)
     with torch.inference_mode():
         assert torch.equal(streamed(windows).logits, original(windows).logits)
     assert all(bool(p.isnan().all()) for p in in_blocks(model, streamed))
@@ -71,7 +78,7 @@ def test_evaluation_holds_one_block(
     found = outputs_by_block(streamed, batches, no_progress)
     assert most() == 1
     stored = method != "fp32"
-    whole = load(made.directory) if stored else load_original(model.checkpoint.directory, model.index)
+    whole = fuse(load(made.directory)) if stored else both(model)[1]
     with torch.inference_mode():
         for states, batch in zip(found, batches, strict=True):
             assert torch.equal(states, whole.base_model(**batch)[0])
@@ -81,7 +88,7 @@ def test_evaluation_holds_one_block(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_the_originals(family: str, quantizable: Models, most: Callable[[], int]) -> None:
     model = quantizable(family)
-    streamed, original = (load(model.checkpoint.directory, model.index) for load in (load_streamed, load_original))
+    streamed, original = both(model)
     found = {t.name: s for t, s in gather(streamed, model.index, IDS, SCORING, no_progress)}
     assert most() == 1
     for tensor, expected in gather(original, model.index, IDS, SCORING, no_progress):
@@ -93,10 +100,7 @@ def test_statistics_are_the_originals(family: str, quantizable: Models, most: Ca
 @pytest.mark.parametrize("family", FAMILIES)
 def test_aims_are_the_originals(family: str, quantizable: Models, most: Callable[[], int]) -> None:
     model = quantizable(family)
-    walks = [
-        Propagation.prepare(load(model.checkpoint.directory, model.index), model.index, IDS, 512, 128)
-        for load in (load_streamed, load_original)
-    ]
+    walks = [Propagation.prepare(loaded, model.index, IDS, 512, 128) for loaded in both(model)]
     for walk in walks:
         walk.start()
     for tensor in walks[0].order():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,10 @@ CONTEXT = 32  # tokens
 WIDTH = 72  # no multiple of 64, so that groups are ragged
 VOCABULARY = 320
 EOS = "<|end|>"
+
+_OFTEN = {f"market-coded-{b}" for b in ("2_0", "2_5", "3_5", "4_0", "5_0", "6_0")}
+# Of params.yaml, one for each way through the code: of a codec's many budgets the least, the usual and the most.
+METHODS = [n for n in yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"] if n not in _OFTEN]
 
 Checkpoints = Callable[..., Path]  # (family, dtype="float32", sharded=False) -> model directory
 Models = Callable[[str], "Model"]  # family -> quantize.Model with statistics

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import CONTEXT, FAMILIES, PROJECT, VOCABULARY, Models, Packed, edit_json
+from conftest import CONTEXT, FAMILIES, METHODS, VOCABULARY, Models, Packed, edit_json
 from forging import rearrange, relist, reseal
 
 from nashswarm.loading import dequantized, load, load_for_evaluation
@@ -25,7 +24,6 @@ from nashswarm.types import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
 IDS = torch.arange(2 * CONTEXT).view(2, CONTEXT) * 5 % VOCABULARY
 
 PackedModels = Callable[[str, str], Packed]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import yaml
-from conftest import FAMILIES, PROJECT, Models, Packed, edit_json, no_progress
+from conftest import FAMILIES, METHODS, Models, Packed, edit_json, no_progress
 from forging import rearrange, relist, reseal
 from safetensors.numpy import load_file
 
@@ -37,7 +36,6 @@ from nashswarm.types import InputError, NashSwarmError, PackedTensor, VectorSpec
 if TYPE_CHECKING:
     from nashswarm.corpora import TokenizedSplit
 
-METHODS = list(yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"])
 PROVENANCE = Provenance("m", "A", 12, "path", None, None, {"codec": "kept"}, {"histogram": {}})
 
 TENSOR = "transformer.h.0.attn.c_attn.weight"

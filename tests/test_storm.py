@@ -27,7 +27,7 @@ from nashswarm.types import NashSwarmError
 
 PackedModels = Callable[[str, str], Packed]
 
-KILLS, BATCH, BATCHES = 3, 10, 10  # in the small version; in each of the storm's batches; their number
+KILLS, BATCH, BATCHES = 1, 10, 10  # in the small version; in each of the storm's batches; their number
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------

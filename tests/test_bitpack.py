@@ -34,6 +34,16 @@ def test_every_ragged_count_survives_at_full_range(width: int) -> None:
         assert np.array_equal(back, codes)
 
 
+@pytest.mark.parametrize("more", [-9, -1, 0, 1, 8, 13])
+@pytest.mark.parametrize("width", range(1, 9))
+def test_blocks_join_without_a_seam(width: int, more: int) -> None:
+    codes = np.random.default_rng(width).integers(0, 2**width, 2 * bitpack.BLOCK + more).astype(np.uint8)
+    packed = pack(codes, width)
+    bits = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :width]
+    assert np.array_equal(packed, np.packbits(bits, bitorder="little"))
+    assert np.array_equal(unpack(packed, width, codes.size), codes)
+
+
 @pytest.mark.parametrize(
     ("codes", "width", "expected"),
     [

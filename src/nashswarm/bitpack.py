@@ -67,7 +67,7 @@ def unpack(data: np.ndarray, width: int, count: int) -> np.ndarray:
         n = min(step, count - i)
         start = i * width // 8
         parts.append(_unpack_bits(data[start : start + packed_size(n, width)], width, n))
-    return np.concatenate(parts) if parts else np.empty(0, np.uint8 if width <= 8 else np.uint16)
+    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
 
 def _check_width(width: int) -> None:
@@ -162,7 +162,7 @@ def _lanes(width: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
 
 
 def _pack_bits(flat: np.ndarray, width: int) -> np.ndarray:
-    """Any width: spread every code into its bits, then let numpy gather them."""
+    """Above 8 bits: spread every code into its bits, then let numpy gather them."""
     bits = (flat.astype(np.uint16)[:, None] >> np.arange(width, dtype=np.uint16)) & np.uint16(1)
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
@@ -172,4 +172,4 @@ def _unpack_bits(data: np.ndarray, width: int, count: int) -> np.ndarray:
     out = np.zeros(count, np.uint16)
     for i in range(width):
         out |= bits[:, i].astype(np.uint16) << np.uint16(i)
-    return out.astype(np.uint8) if width <= 8 else out
+    return out

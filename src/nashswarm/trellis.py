@@ -64,14 +64,14 @@ def quantizers(codes: NDArray[np.int32], edges: NDArray[np.int64], found: Machin
 
     Arguments: `edges`, int64 [blocks + 1], the first row of each block: the machine starts anew there.
     """
-    parity = np.minimum(np.abs(codes.astype(np.int64)), RADIUS + 1) & 1
-    used = np.empty(codes.shape, np.uint8)
+    parity = (np.minimum(np.abs(codes).view(np.uint32), RADIUS + 1) & 1).astype(np.uint8)
+    used, after = np.empty(codes.shape, np.uint8), found.after.reshape(-1)
     starts, state = set(np.asarray(edges).tolist()), np.zeros(codes.shape[1], np.uint8)
     for row in range(len(codes)):
         if row in starts:
             state = np.full(codes.shape[1], START, np.uint8)
-        used[row] = found.quantizer[state]
-        state = found.after[state, parity[row]]
+        found.quantizer.take(state, out=used[row])
+        state = after.take(2 * state + parity[row])
     return used
 
 

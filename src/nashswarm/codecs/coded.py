@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -266,13 +267,20 @@ def decode(packed: PackedTensor) -> Tensor:
     flat = ("uint8", (None,))
     packed.expect({"base", "position", "states", "total"}, codes=flat, tables=flat, scales=flat)
     (rows, columns), position = packed.shape, packed.scalars["position"]
-    every = entropy.scales_from_bytes(packed.shared["scales"].tobytes(), packed.scalars["total"])
+    stored = (packed.shared[part].tobytes() for part in ("tables", "scales"))
+    tables, every = _read_shared(*stored, packed.scalars["total"])
     scales = every[position : position + 2 * (rows + columns)]
     row_context, row_steps, column_context, column_steps = np.split(scales, [rows, 2 * rows, 2 * rows + columns])
-    tables = entropy.tables_from_bytes(packed.shared["tables"].tobytes())
     machine, stream = trellis.machine(packed.scalars["states"]), packed.arrays["codes"].tobytes()
     codes = entropy.decode(stream, packed.shape, row_context, column_context, tables, machine=machine)
     return _values(codes, Steps(packed.scalars["base"] / BASE_UNITS, row_steps, column_steps), machine)
+
+
+@lru_cache(maxsize=1)  # of the model that is being decoded, matrix by matrix
+def _read_shared(tables: bytes, scales: bytes, total: int) -> tuple[entropy.Tables, np.ndarray]:
+    every = entropy.scales_from_bytes(scales, total)
+    every.flags.writeable = False
+    return entropy.tables_from_bytes(tables), every
 
 
 def _values(codes: np.ndarray, steps: Steps, machine: trellis.Machine) -> Tensor:

@@ -741,6 +741,90 @@ def test_fresh_clone_makes_the_same_bytes(miniature: Project, tmp_path: Path) ->
     assert made == {n: b for n, b in miniature.files().items() if n in made}
 
 
+# --- a remote for colleagues ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where `dvc push` goes, what a process needs to get there, and its objects by name."""
+
+    url: str
+    settings: dict[str, str]
+    environment: dict[str, str]
+    sizes: Callable[[], dict[str, int]]
+    overwrite: Callable[[str, bytes], object]
+
+
+@pytest.fixture(params=["directory", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Remote]:
+    if request.param == "directory":
+        store = tmp_path / "store"
+
+        def overwrite(name: str, data: bytes) -> None:
+            (store / name).chmod(0o644)
+            (store / name).write_bytes(data)
+
+        def sizes() -> dict[str, int]:
+            return {str(p.relative_to(store)): p.stat().st_size for p in store.rglob("*") if p.is_file()}
+
+        yield Remote(str(store), {"verify": "true"}, {}, sizes, overwrite)
+        return
+    pytest.importorskip("dvc_s3", reason="pip install 'nash-swarm[remote]'")
+    server = pytest.importorskip("moto.server", reason="pip install 'nash-swarm[remote]'").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    import boto3  # type: ignore[import-not-found, unused-ignore]
+
+    address = f"http://{host}:{port}"
+    bucket = boto3.resource(
+        "s3", endpoint_url=address, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
+    ).Bucket("swarm")
+    bucket.create()
+    yield Remote(
+        "s3://swarm/store",
+        {"endpointurl": address, "verify": "true"},
+        keys,
+        lambda: {o.key: o.size for o in bucket.objects.all()},
+        lambda name, data: bucket.put_object(Key=name, Body=data),
+    )
+    server.stop()
+
+
+@pytest.fixture
+def pushed(copy: Project, remote: Remote, tmp_path: Path) -> Project:
+    """A colleague's clone of a project whose outputs lie in the remote."""
+    copy.dvc("remote", "add", "--default", "colleagues", remote.url)
+    for key, value in remote.settings.items():
+        copy.dvc("remote", "modify", "colleagues", key, value)
+    copy.commit()
+    copy.call("dvc", "push", **remote.environment)
+    copy.git("clone", "--quiet", str(copy.root), str(tmp_path / "clone"))
+    return dataclasses.replace(copy, root=tmp_path / "clone")
+
+
+@pytest.mark.pipeline
+def test_a_colleague_pulls_and_runs_nothing(pushed: Project, remote: Remote, miniature: Project) -> None:
+    pushed.call("dvc", "pull", **remote.environment)
+    assert ran(pushed.dvc("repro")) == []
+    assert pushed.git("status", "--porcelain") == ""
+    outputs = {n: b for n, b in miniature.files().items() if n.startswith(("data/", "report/", "metrics/"))}
+    found = pushed.files()
+    assert {n for n in outputs if n not in found} == {n for n in outputs if n.startswith("data/times/")}
+    assert all(found[n] == b for n, b in outputs.items() if n in found)
+
+
+@pytest.mark.pipeline
+def test_a_damaged_object_of_the_remote_is_not_taken(pushed: Project, remote: Remote) -> None:
+    sizes = remote.sizes()
+    largest = max(sizes, key=lambda name: sizes[name])
+    remote.overwrite(largest, bytes(sizes[largest]))
+    done = pushed.call("dvc", "pull", ok=False, **remote.environment)
+    assert done.returncode != 0
+    assert "ERROR" in done.stdout + done.stderr
+    assert all(b != bytes(sizes[largest]) for b in pushed.files().values())
+
+
 # --- wrong input ---------------------------------------------------------------------------------------------------
 
 

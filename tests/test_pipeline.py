@@ -770,7 +770,7 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Remote]:
         yield Remote(str(store), {"verify": "true"}, {}, sizes, overwrite)
         return
     pytest.importorskip("dvc_s3", reason="pip install 'nash-swarm[remote]'")
-    server = pytest.importorskip("moto.server", reason="pip install 'nash-swarm[remote]'").ThreadedMotoServer(port=0)
+    server = pytest.importorskip("moto.server", reason="pip install 'nash-swarm[dev]'").ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -383,7 +383,7 @@ def test_tables_hold_the_metrics_own_numbers() -> None:
     document = {"machine": facts, "settings": {"rounds": 5, "batches": [1]}, "rows": [row]}
     blocks = speed.section({"kernels": document}, 40)
     (table,) = (b for b in blocks if isinstance(b, Table))
-    figures = ("2 (1 to 3)", "2.50 (2.00 to 3.00)", "3.0", "1.57", "0.50 (0.40 to 0.60)")
+    figures = ("2 (1 to 3)", "2.5 (2 to 3)", "3.0", "1.57", "0.5 (0.4 to 0.6)")
     assert table.rows == [("8 x 8, 1 row", "packed, int8", *figures)]
     assert "5 rounds on P, 2 cores, 1 threads, 8 GiB, kernels on avx2" in texts(blocks)
     assert "read at 20.0 (10.0 to 30.0) GB/s; the system's load before the first round was 0.25" in texts(blocks)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import PROJECT
@@ -203,7 +204,7 @@ def test_random_models_write_finite_numbers() -> None:
     ids = torch.arange(5)[None]
     with torch.no_grad():
         decoded = made(ids).logits
-        assert accelerate(made) == 4 * SMALL.decode.layers + 1  # and the head
+        assert accelerate(made) == 4 * SMALL.decode.layers + 3  # and the head, and two embeddings
         multiplied = made(ids).logits
         assert decoded.isfinite().all()
         assert torch.allclose(multiplied, decoded, rtol=1e-3, atol=1e-3 * float(decoded.abs().max()))
@@ -260,6 +261,33 @@ def test_quantization_is_told_step_by_step(measured: dict[str, Any]) -> None:
     assert all(row["peak_bytes"] > 2**26 and row["seconds"] > 0 for row in packed.values())
     (nearest,) = measured["quantization"]["nearest"]
     assert nearest["items"] == 12 * 64**2
+
+
+ORPHAN = """
+import os, time
+from nashswarm.benchmarks.apart import Worker
+
+def make(pid):
+    return os.getpid, os.getpid()
+
+if __name__ == "__main__":
+    with Worker("w", 1, make, 0) as worker:
+        print(worker.said(), flush=True)
+        time.sleep(60)
+"""
+
+
+def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "orphan.py").write_text(ORPHAN, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src")}
+    words = [sys.executable, str(tmp_path / "orphan.py")]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert psutil.pid_exists(child)
+        parent.kill()
+    _, alive = psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], timeout=20)
+    assert not alive
 
 
 def test_memory_of_a_process_is_its_own() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +28,7 @@ LOST = "the process was killed, most likely for want of memory: choose a smaller
 
 def alone(threads: int, work: Callable[..., T], *arguments: Any) -> T:
     """The result of `work`, a function of a module, in a new process. Raises InputError where that was killed."""
-    with ProcessPoolExecutor(1, SPAWN, set_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(1, SPAWN, _begin, (threads,)) as pool:
         try:
             return pool.submit(work, *arguments).result()
         except BrokenProcessPool as error:
@@ -69,7 +71,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, threads: int, make: Make, given: Any) -> None:
-    set_threads(threads)
+    _begin(threads)
     work, said = make(*given)
     pipe.send(said)
     while True:
@@ -78,6 +80,19 @@ def _serve(pipe: Connection, threads: int, make: Make, given: Any) -> None:
         except EOFError:
             return
         pipe.send(work())
+
+
+def _begin(threads: int) -> None:
+    """In the new process: it computes with so many threads, and ends when its parent does, however that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    set_threads(threads)
 
 
 def resident_bytes() -> int:

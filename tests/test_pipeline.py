@@ -693,6 +693,17 @@ def test_seeds_are_not_measured_on_what_is_stale(copy: Project) -> None:
 
 
 @pytest.mark.pipeline
+def test_benchmarks_are_run_where_they_are_named_and_shown(copy: Project) -> None:
+    small = {"rounds": 1, "cold_mib": 1, "packing": {"widths": [2], "codes": 1000, "coded": 1000}}
+    copy.set(active={"benchmarks": ["packing"]}, benchmark=small)
+    assert ran(copy.dvc("repro")) == ["benchmark@packing", "report"]
+    assert "Codes to bytes and back" in (copy.root / "report/report.md").read_text(encoding="utf-8")
+    assert ran(copy.dvc("repro")) == []
+    copy.set(active={"benchmarks": []})
+    assert ran(copy.dvc("repro")) == ["report"]  # active is among its params; what was measured stays
+
+
+@pytest.mark.pipeline
 def test_experiment_in_a_temporary_workspace_leaves_the_own_one_alone(copy: Project) -> None:
     before = copy.files()
     output = copy.dvc("exp", "run", "--temp", "--name", "alone", "-S", "active.methods=[fp32]")

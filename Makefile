@@ -52,7 +52,7 @@ fuzz: $(READY)  ## hundreds of thousands of damaged packed directories, none of 
 benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's true shapes
 	python tools/benchmark.py
 
-kernels: $(READY)  ## products with packed matrices against torch's, on GPT-2 XL's and Llama-7B's shapes
+kernels: $(READY)  ## products with packed matrices against torch's and ONNX Runtime's, on GPT-2 XL's and Llama-7B's shapes
 	python tools/kernels.py
 
 lint: $(READY)  ## format and check

@@ -32,6 +32,11 @@ FOUNDATION: dict[str, set[str]] = {
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
 TORCH = {
+    "benchmarks.decode",
+    "benchmarks.kernels",
+    "benchmarks.machine",
+    "benchmarks.matrices",
+    "benchmarks.quantization",
     "blocks",
     "evaluation",
     "feedback",
@@ -49,8 +54,10 @@ TORCH = {
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs; build: its library, in a cache
+# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs; build: its library, in a cache;
+# quantization: a scratch model
 WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports", "kernels.build", "peers.llama_cpp"}
+WRITERS |= {"benchmarks.quantization"}
 STAGE_LINES = 60
 FUNCTION_LINES = 60
 

@@ -35,6 +35,7 @@ from nashswarm.config import Params, Scoring, load_params, room_names
 from nashswarm.recipes import method_files
 
 ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs", "peers"))
+BUILDS = "src/nashswarm/kernels/build.py"  # compiles what lies beside it
 RECIPE = "data/methods/${item.method}.json"
 # Threads change speed and late digits: a run on another machine must not make every result stale (config.Compute).
 EXEMPT_PARAMS = ("compute",)
@@ -62,6 +63,10 @@ class Stage:
     @property
     def code(self) -> frozenset[str]:
         return frozenset(d for d in self.deps if d.startswith(("src/", "stages/")))
+
+    @property
+    def has_recipe(self) -> bool:
+        return bool({"method", "peer"} & {*self.words})
 
     @property
     def inputs(self) -> frozenset[str]:
@@ -98,18 +103,29 @@ def code_problems(tree: Path) -> Iterator[str]:
     """Code deps against the import closure.
 
     Rooms are found by name: `config` loads them to check settings, whatever the stage; a stage that runs them depends
-    on them through the method's recipe, and the stage that writes recipes on all that a recipe may name.
+    on them through the method's recipe, and the stage that writes recipes on all that a recipe may name, as does one
+    that runs rooms of its own choice. A module that compiles a source of another language depends on it.
     """
     for stage in stages(tree):
-        needed = _closure(tree, [tree / stage.script])
-        if "method_files" in _names(tree / stage.script):
-            rooms = [path for room in ROOMS for path in (tree / room).glob("*.py")]
-            needed |= {path for path in _closure(tree, rooms) if not path.startswith(ROOMS)} | {*ROOMS}
+        needed = code_needed(tree, stage)
         for path in sorted(needed):
             if not any(covers(dep, path, "/") for dep in stage.code):
                 yield f"{stage.name}: deps lack {path}"
         for dep in sorted(stage.code - needed):
             yield f"{stage.name}: deps need not hold {dep}"
+
+
+def code_needed(tree: Path, stage: Stage) -> set[str]:
+    needed, rooms = _closure(tree, [tree / stage.script]), ()
+    if "method_files" in _names(tree / stage.script):
+        rooms = ROOMS
+    elif runs_rooms(tree, stage) and not stage.has_recipe:
+        rooms = tuple(room for room in ROOMS if not room.endswith("peers"))
+    files = [path for room in rooms for path in (tree / room).glob("*.py")]
+    needed |= {path for path in _closure(tree, files) if not path.startswith(ROOMS)} | {*rooms}
+    if BUILDS in needed:
+        needed |= {p.relative_to(tree).as_posix() for p in (tree / BUILDS).parent.glob("*.cpp")}
+    return needed
 
 
 def runs_rooms(tree: Path, stage: Stage) -> bool:
@@ -210,7 +226,7 @@ def artifact_problems(tree: Path) -> Iterator[str]:
         paths.visit(main, {word: f"${{item.{word}}}" for word in stage.words})
         read = {r for r in paths.read if not r.startswith(EXEMPT_PATHS)}
         read -= {r for r in read for out in stage.outs if covers(out, r, "/")}
-        if runs_rooms(tree, stage):
+        if runs_rooms(tree, stage) and stage.has_recipe:
             read.add(RECIPE.replace("item.method", "item.peer") if "peer" in stage.words else RECIPE)
         for path in sorted(read):
             if not any(covers(dep, path, "/") for dep in stage.inputs):
@@ -373,7 +389,22 @@ PLANTED = [
         "def late() -> None:\n    import nashswarm.statistics\n\n\ndef main",
         "report: deps lack src/nashswarm/statistics.py",
     ),
+    (
+        code_problems,
+        "dvc.yaml",
+        "      - src/nashswarm/kernels/tiles.cpp\n",
+        "",
+        "benchmark: deps lack src/nashswarm/kernels/tiles.cpp",
+    ),
+    (
+        code_problems,
+        "stages/score.py",
+        "def main",
+        "from nashswarm.config import load_room\n\nload_room('codecs', 'tiles')\n\n\ndef main",
+        "score: deps lack src/nashswarm/codecs",
+    ),
     (params_problems, "dvc.yaml", "      - scoring\n", "", "score: params lack scoring"),
+    (params_problems, "dvc.yaml", "    params:\n      - benchmark\n", "", "benchmark: params lack benchmark"),
     (params_problems, "dvc.yaml", "      - evaluation.context\n", "", "download: params lack evaluation.context"),
     (
         params_problems,
@@ -494,11 +525,10 @@ def test_closure_holds_all_that_python_loads() -> None:
         for r in ("importance", "allocators", "codecs", "peers")
         for n in room_names(r)
     }
-    scripts = {Path(stage.script).stem: stage.script for stage in stages(PROJECT) if stage.name != "report"}
-    names = {**rooms, **scripts}
+    scripts = {Path(stage.script).stem: stage for stage in stages(PROJECT) if stage.name != "report"}
     done = subprocess.run(
         [sys.executable, "-c", LOADED],
-        input=" ".join(names),
+        input=" ".join([*rooms, *scripts]),
         capture_output=True,
         text=True,
         cwd=PROJECT,
@@ -509,7 +539,9 @@ def test_closure_holds_all_that_python_loads() -> None:
         loaded = {Path(f).resolve().relative_to(PROJECT).as_posix() for f in files}
         # Packages above a room's file: docstrings (test_architecture), and the version, which `types` brings along.
         loaded -= {"src/nashswarm/__init__.py", *(f"{room}/__init__.py" for room in ROOMS)}
-        assert loaded <= _closure(PROJECT, [PROJECT / names[name]]), name
+        own = rooms.get(name)
+        needed = _closure(PROJECT, [PROJECT / own]) if own else code_needed(PROJECT, scripts[name])
+        assert {file for file in loaded if not any(covers(path, file, "/") for path in needed)} == set(), name
 
 
 def test_recipe_covers_what_a_method_names() -> None:
@@ -658,6 +690,17 @@ def test_seeds_are_not_measured_on_what_is_stale(copy: Project) -> None:
     assert done.returncode == 1
     assert "download@reference, baseline@reference: not up to date; run `dvc repro" in done.stderr
     assert copy.files() == before
+
+
+@pytest.mark.pipeline
+def test_benchmarks_are_run_where_they_are_named_and_shown(copy: Project) -> None:
+    small = {"rounds": 1, "cold_mib": 1, "packing": {"widths": [2], "codes": 1000, "coded": 1000}}
+    copy.set(active={"benchmarks": ["packing"]}, benchmark=small)
+    assert ran(copy.dvc("repro")) == ["benchmark@packing", "report"]
+    assert "Codes to bytes and back" in (copy.root / "report/report.md").read_text(encoding="utf-8")
+    assert ran(copy.dvc("repro")) == []
+    copy.set(active={"benchmarks": []})
+    assert ran(copy.dvc("repro")) == ["report"]  # active is among its params; what was measured stays
 
 
 @pytest.mark.pipeline

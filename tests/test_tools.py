@@ -140,6 +140,17 @@ def test_compare_names_a_file_that_the_commit_lacks(repository: Path) -> None:
     )
 
 
+def test_compare_passes_over_times(repository: Path) -> None:
+    path = repository / "metrics/benchmarks/kernels.json"
+    path.parent.mkdir()
+    path.write_text('{"load": 0.5}', encoding="utf-8")
+    assert compare(repository)[0] == 0
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "-m", "times")
+    path.write_text('{"load": 0.7}', encoding="utf-8")
+    assert compare(repository)[0] == 0
+
+
 def test_compare_takes_another_commit(repository: Path) -> None:
     write(repository, changed("quality", "sampled", "loss", value=3.5))
     git(repository, "commit", "--quiet", "--all", "-m", "worse")

@@ -28,6 +28,9 @@ from nashswarm.types import NashSwarmError
 T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 METHOD_KEYS = ("codec", "scope", "accounting", "importance", "allocator")
+BENCHMARKS = ("kernels", "decode", "packing", "quantization")
+HEAD = 64  # width of the heads of models that are benchmarked by LAYERSxWIDTH
+BENCHMARK_FOLDER = "benchmarks"  # in metrics, beside those of the models
 
 
 class ConfigError(NashSwarmError):
@@ -129,6 +132,83 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeBenchmark:
+    """A model of GPT-2's make with random weights, and how much it writes. The defaults are GPT-2 XL."""
+
+    layers: int = 48
+    width: int = 1600
+    heads: int = 25
+    vocabulary: int = 50257
+    prompt: int = 128  # tokens before the first one that is written
+    tokens: int = 16  # written behind the first one, in each round
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "width", "heads", "prompt", "tokens"):
+            _at_least(key, getattr(self, key), 1)
+        _at_least("vocabulary", self.vocabulary, 2)
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} do not divide a width of {self.width}; change one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class PackingBenchmark:
+    """How many codes are packed, by width in bits, and how many are entropy-coded. The latter are GPT-2 124M's."""
+
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    codes: int = 16_777_216
+    coded: int = 124_000_000
+
+    def __post_init__(self) -> None:
+        if not self.widths or not {*self.widths} <= {*range(1, 17)}:
+            raise ValueError(f"widths: {list(self.widths)}; give one or more from 1 to 16 bits")
+        _unique("widths", self.widths)
+        _at_least("codes", self.codes, 1)
+        _at_least("coded", self.coded, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationBenchmark:
+    """Models of GPT-2's make with random weights, as LAYERSxWIDTH, and what they are quantized to."""
+
+    models: tuple[str, ...] = ("2x128", "2x256", "4x256")
+    vocabulary: int = 4096
+    tokens: int = 8192  # of calibration; random, too
+    budget: float = 3.25  # true bits per weight, of the markets
+
+    def __post_init__(self) -> None:
+        _sizes("models", self.models, "LAYERSxWIDTH, e.g. 12x768")
+        for text in self.models:
+            if sizes(text)[1] % HEAD:
+                raise ValueError(f"models: {text} is no whole number of heads of {HEAD} wide; change the width")
+        _at_least("vocabulary", self.vocabulary, 2)
+        _at_least("tokens", self.tokens, 1024)
+        if not self.budget > 0:
+            raise ValueError(f"budget: {self.budget} bits per weight; give more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """What the benchmarks in active.benchmarks measure, and for how long."""
+
+    rounds: int = 20  # in each, every contestant has its turn; times of one round are compared
+    cold_mib: int = 256  # of weights that products go through in turn, so that they come from memory; above any cache
+    shapes: tuple[str, ...] = ("4800x1600", "6400x1600", "1600x6400", "4096x4096", "11008x4096", "4096x11008")
+    batches: tuple[int, ...] = (1, 8)  # rows of activations; the report's figure shows the first
+    decode: DecodeBenchmark = field(default_factory=DecodeBenchmark)
+    packing: PackingBenchmark = field(default_factory=PackingBenchmark)
+    quantization: QuantizationBenchmark = field(default_factory=QuantizationBenchmark)
+
+    def __post_init__(self) -> None:
+        _at_least("rounds", self.rounds, 1)
+        _at_least("cold_mib", self.cold_mib, 1)
+        _sizes("shapes", self.shapes, "OUTxIN, e.g. 4096x11008")
+        if not self.batches:
+            raise ValueError("batches: the list is empty; name at least one number of rows")
+        _unique("batches", self.batches)
+        _at_least("batches", min(self.batches), 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Where it runs. Not part of what makes results stale, but late digits follow the number of threads."""
 
@@ -147,13 +227,19 @@ class Active:
     corpora: tuple[str, ...]
     methods: tuple[str, ...]
     peers: tuple[str, ...] = ()  # other tools; none unless named: they need an environment of their own
+    benchmarks: tuple[str, ...] = ()  # of BENCHMARKS; none unless named: they want a quiet machine
 
     def __post_init__(self) -> None:
         for key in ("models", "corpora", "methods"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: the list is empty; name at least one")
-        for key in ("models", "corpora", "methods", "peers"):
+        for key in ("models", "corpora", "methods", "peers", "benchmarks"):
             _unique(key, getattr(self, key))
+        for name in self.benchmarks:
+            if name not in BENCHMARKS:
+                raise ValueError(f"benchmarks: '{name}' is unknown{_suggest(name, BENCHMARKS)}")
+        if self.benchmarks and BENCHMARK_FOLDER in self.models:
+            raise ValueError(f"models: '{BENCHMARK_FOLDER}' is where the benchmarks' metrics lie; rename the model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +278,7 @@ class Params:
     evaluation: Evaluation
     report: Report
     compute: Compute
+    benchmark: Benchmark = field(default_factory=Benchmark)
 
     @property
     def corpora_needed(self) -> tuple[str, ...]:
@@ -226,6 +313,7 @@ def parse_params(raw: object) -> Params:
         evaluation=build(Evaluation, blocks.get("evaluation", {}), "evaluation"),
         report=build(Report, blocks.get("report", {}), "report"),
         compute=build(Compute, blocks.get("compute", {}), "compute"),
+        benchmark=build(Benchmark, blocks.get("benchmark", {}), "benchmark"),
     )
     _check_names(params)
     return params
@@ -420,7 +508,22 @@ def _check_source(
         raise ValueError(f"revision: '{block.revision}' is no full commit; give all 40 hexadecimal digits")
 
 
-def _unique(key: str, names: Sequence[str]) -> None:
+def sizes(text: str) -> tuple[int, int]:
+    """'4096x11008' -> (4096, 11008); of a text that `_sizes` has let pass."""
+    first, _, second = text.partition("x")
+    return int(first), int(second)
+
+
+def _sizes(key: str, texts: Sequence[str], form: str) -> None:
+    if not texts:
+        raise ValueError(f"{key}: the list is empty; name at least one as {form}")
+    for text in texts:
+        if not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", text):
+            raise ValueError(f"{key}: '{text}' is no size; write it as {form}")
+    _unique(key, texts)
+
+
+def _unique(key: str, names: Sequence[object]) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"{key}: a name stands twice in {list(names)}")
 

@@ -234,6 +234,60 @@ def _draw_curves(axes: Any, title: str, curves: Mapping[tuple[str, str, str], Cu
     _plain(axes)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many times as fast as the reference; neighbours of the same group are of the same work."""
+
+    group: str
+    name: str
+    value: float
+    interval: tuple[float, float]  # quartiles
+    limit: bool = False  # no contestant, but what there is to reach
+
+
+LANE = 0.1  # inches from one contestant to the next
+
+
+def paces(found: Sequence[Pace], dpi: int) -> bytes:
+    """Ratios with quartiles, a band for each piece of work and a mark for each contestant, as PNG; logarithmic."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    names = list(dict.fromkeys(p.name for p in found if not p.limit))
+    styles = dict(zip(names, itertools.cycle(KINDS), strict=False))
+    groups = list(dict.fromkeys(p.group for p in found))
+    band = len(names) + 2.0
+    legend = 0.2 * -(-(len(names) + 1) // 2)
+    canvas = _canvas(LANE * band * len(groups) + 0.9 + legend, dpi)
+    axes = canvas.figure.add_subplot()
+    for i, group in enumerate(groups):
+        axes.axhspan(i * band, (i + 1) * band, color="#f1f3f5" if i % 2 else "white", zorder=0)
+        for pace in (p for p in found if p.group == group):
+            if pace.limit:
+                ends = [i * band + 0.4, (i + 1) * band - 0.4]
+                axes.plot([pace.value] * 2, ends, "--", color=INK, linewidth=1.0, zorder=1, label="only reading")
+                continue
+            place, (colour, marker) = i * band + names.index(pace.name) + 1.5, styles[pace.name]
+            axes.plot(pace.interval, [place] * 2, color=colour, linewidth=1.4, solid_capstyle="butt", zorder=2)
+            axes.plot([pace.value], [place], marker, markersize=4.5, color=colour, label=pace.name, zorder=3)
+    axes.axvline(1, color=INK, linewidth=0.9, zorder=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(band * len(groups), 0)
+    axes.set_yticks([(i + 0.5) * band for i in range(len(groups))], [g.replace(", ", ",\n") for g in groups])
+    axes.set_xlabel("times as fast as dense float32", color=INK)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    _plain(axes)
+    axes.tick_params(axis="y", labelsize=8.5, length=0)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    canvas.figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
+    return _png(canvas, dpi)
+
+
 def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
     """Bits per weight by part of the file, one bar for each method, as PNG.
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nashswarm import beside, demand, distortion, forest, paper, provenance, rendering, seeds
+from nashswarm import beside, demand, distortion, forest, paper, provenance, rendering, seeds, speed
 from nashswarm.artifacts import Layout, read_json, read_tracked, write_bytes
 from nashswarm.bitmap import BitMap, bit_map
 from nashswarm.comparison import Match, matches
-from nashswarm.config import Active
+from nashswarm.config import BENCHMARKS, Active
 from nashswarm.paper import rise, signed
 from nashswarm.rendering import Block, Heading, Items, Picture, Table, Text
 
@@ -37,6 +37,7 @@ class Run:
     peers: Tracked = field(default_factory=dict)  # of (model, peer)
     extra: Tracked = field(default_factory=dict)  # of (model, method): further ones of ours, to stand beside the peers
     seeds: Tracked = field(default_factory=dict)  # of (model, method): measured with several calibration seeds
+    speed: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)  # of a kind of benchmark
     allocations: distortion.Allocations = field(default_factory=dict)  # of (model, method)
     origin: provenance.Origin | None = None
 
@@ -72,7 +73,8 @@ def gather(
     others = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in names}
     extra = {(model, name): read_tracked(layout.metrics(model, name)) for model in active.models for name in methods}
     spreads = {pair: read_tracked(seeds.path(layout, *pair)) for pair in metrics}
-    return Run(metrics, active.models, active.methods, active.corpora, resamples, seed, others, extra, spreads)
+    times = {kind: read_tracked(speed.path(layout, kind)) for kind in BENCHMARKS}
+    return Run(metrics, active.models, active.methods, active.corpora, resamples, seed, others, extra, spreads, times)
 
 
 def write(directory: Path, run: Run, dpi: int) -> None:
@@ -87,7 +89,7 @@ def write(directory: Path, run: Run, dpi: int) -> None:
     blocks += [*_figure_section(run, dpi), *forest.section({m: run.of(m) for m in run.models}, *draws)]
     blocks += _market_section(run, found, dpi)
     blocks += seeds.section({model: run.of(model) for model in run.models}, run.seeds, run.corpora)
-    blocks += beside.section(found, *draws)
+    blocks += [*beside.section(found, *draws), *speed.section(run.speed, dpi)]
     blocks += [*_reading_section(), *_limits_section(run), *(provenance.section(run.origin) if run.origin else [])]
     for picture in (b for b in blocks if isinstance(b, Picture)):
         write_bytes(directory / picture.name, picture.png)
@@ -724,6 +726,9 @@ def _reading_section() -> list[Block]:
     ]
 
 
+NO_TIMES = "No times are given: metrics hold none, so that they repeat to the byte."
+
+
 def _limits_section(run: Run) -> list[Block]:
     missing = [m for m in dict.fromkeys(model for model, _ in paper.PUBLISHED) if m not in run.models]
     items = [
@@ -734,7 +739,7 @@ def _limits_section(run: Run) -> list[Block]:
         "little about other texts.",
         "Predicted rises, of whole models and of single matrices, are those of a quadratic model of the loss around "
         "the original; how far it carries is seen where predictions stand beside measurements.",
-        "No times are given: metrics hold none, so that they repeat to the byte.",
+        speed.LIMITS if any(run.speed.values()) else NO_TIMES,
         "What holds for small models need not hold for large ones.",
     ]
     if missing:

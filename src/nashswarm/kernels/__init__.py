@@ -4,5 +4,6 @@
     matrix     one matrix, and its product with up to 8 rows of activations at a time
     serving    a model that is resident in packed form, whose layers use these products
 
-No stage of the pipeline imports this package, so no tracked result depends on a compiler or a processor.
+No stage of the pipeline but `benchmark` imports this package, so no other tracked result depends on a compiler or a
+processor.
 """

@@ -61,7 +61,7 @@ class Matrix:
             raise InputError(f"a matrix of codec {packed.codec}: kernels are for tiles alone")
         self.packed, self.shape = packed, packed.shape
         self._library = library()
-        self._arrays = _arrays(packed)
+        self._arrays = checked_arrays(packed)
         pointers = {name: array.ctypes.data for name, array in self._arrays.items()}
         out, columns_in = packed.shape
         sides = {name: packed.scalars[name] for name in ("rows", "columns", "base")}
@@ -139,7 +139,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 # --- what the file says, checked: the kernels trust it ------------------------------------------------------------
 
 
-def _arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
+def checked_arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
     """By name in `_Layout`."""
     rows, columns = _sides(packed)
     strips, groups = -(-packed.shape[0] // rows), -(-packed.shape[1] // columns)

@@ -35,6 +35,7 @@ TORCH = {
     "blocks",
     "evaluation",
     "feedback",
+    "kernels.gpu",
     "kernels.matrix",
     "kernels.serving",
     "loading",

@@ -84,6 +84,10 @@ class Matrix:
         found: int = self._library.nashswarm_set(SETS.index(most), self.packed.scalars["rows"])
         return SETS[found]
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether `matmul` is faster than decoding and torch's product."""
+        return self.fast and x.device.type == "cpu" and x.numel() <= MOST_ROWS * x.shape[-1]
+
     def matmul(
         self,
         x: Tensor,
@@ -140,7 +144,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 
 def checked_arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
-    """By name in `_Layout`."""
+    """By name in `_Layout`. Raises InputError."""
     rows, columns = _sides(packed)
     strips, groups = -(-packed.shape[0] // rows), -(-packed.shape[1] // columns)
     index, order = _map(packed, strips, groups)

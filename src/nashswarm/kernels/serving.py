@@ -1,7 +1,8 @@
 """A model that is resident in packed form, whose layers multiply by the packed bits while it writes token by token.
 
 With up to 8 rows of activations (tokens times batch) a layer's time is that of reading its matrix, and a packed one is
-a tenth of a float32 one. With more, decoding once and multiplying with torch is faster.
+a tenth of a float32 one. With more, decoding once and multiplying with torch is faster. On a GPU it is 16 rows, and
+decoding is done there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm import loading
-from nashswarm.kernels.matrix import MOST_ROWS, Activations, Matrix, aligned
+from nashswarm.kernels.gpu import GpuMatrix
+from nashswarm.kernels.matrix import Activations, Matrix, aligned
 from nashswarm.resident import PackedWeight
 from nashswarm.types import PackedTensor
 
@@ -36,20 +38,24 @@ def load(
 
 
 def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
-    """Let the layers of a model from `load(..., resident="packed")` use `Matrix`; returns how many do.
+    """Let the layers of a model from `load(..., resident="packed")` use `Matrix` or `GpuMatrix`; returns how many do.
 
     They are those of codec `tiles` in a plain Linear or Conv1D. A layer uses its matrix for up to 8 rows on the
     processor that need no gradient, and decodes it for all else. Logits then differ from the decoded model's as
-    `Matrix` says.
+    `Matrix` says. Where a packed weight lies on a GPU, any number of rows there, of any `activations`, takes a
+    `GpuMatrix`; the file's bytes go back to the processor, so that the GPU holds a matrix once.
     """
-    made: dict[PackedWeight, Matrix] = {}
+    made: dict[PackedWeight, Matrix | GpuMatrix] = {}
     layers = [m for m in model.modules() if _takes_part(m)]
     for module in layers:
         weight: Any = module.packed_weight
         if weight not in made:
-            made[weight] = Matrix(_resident(weight))
+            device = weight.get_buffer("bytes_codes").device
+            packed = _resident(weight)
+            made[weight] = Matrix(packed) if device.type == "cpu" else GpuMatrix(packed, device)
         module.__class__ = _multiplying(type(module))
-        module.kernel, module.activations = made[weight], activations  # type: ignore[assignment]
+        module.kernel = made[weight]  # type: ignore[assignment]
+        module.options = (activations,) if isinstance(module.kernel, Matrix) else ()  # type: ignore[assignment]
     return len(layers)
 
 
@@ -64,7 +70,9 @@ def _takes_part(module: nn.Module) -> bool:
 
 
 def _resident(weight: PackedWeight) -> PackedTensor:
-    """The matrix over the module's own bytes, of which the codes are moved to where vectors fit lines of the cache."""
+    """The matrix over the module's own bytes, on the processor, the codes where vectors fit lines of the cache."""
+    for part in weight.packed.arrays:
+        weight.register_buffer(f"bytes_{part}", weight.get_buffer(f"bytes_{part}").cpu())
     codes = weight.get_buffer("bytes_codes").numpy()
     weight.register_buffer("bytes_codes", torch.from_numpy(aligned(codes)))
     arrays = {part: weight.get_buffer(f"bytes_{part}").numpy() for part in weight.packed.arrays}
@@ -73,11 +81,10 @@ def _resident(weight: PackedWeight) -> PackedTensor:
 
 def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        few = x.numel() <= MOST_ROWS * x.shape[-1]
-        if not (few and self.kernel.fast and x.device.type == "cpu") or (x.requires_grad and torch.is_grad_enabled()):
+        if not self.kernel.takes(x) or (x.requires_grad and torch.is_grad_enabled()):
             decoded: Tensor = kind.forward(self, x)
             return decoded
-        y: Tensor = self.kernel.matmul(x, self.activations)
+        y: Tensor = self.kernel.matmul(x, *self.options)
         return y if self.bias is None else y + self.bias
 
     return type(f"Multiplying{kind.__name__}", (kind,), {"forward": forward})

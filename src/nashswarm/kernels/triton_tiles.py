@@ -1,8 +1,12 @@
-"""Kernels in Triton over `tiles` in the device's layout (see `gpu`), and a stand-in for Triton where there is none.
+"""Kernels in Triton over `tiles` in the device's layout (see `gpu`); imports without Triton, too.
 
-A byte of a plane of p bits holds 8 / p fields, of columns k0 + P e. Masked where it stands and read as float16, a field c
-at bit p e is the subnormal number c 2^(p e - 24), exactly: two weights cost one AND, and the tensor cores do the rest, with
-exact products and float32 sums. So no code is shifted or converted; what is left of powers of two goes to the sums.
+A byte of a plane of p bits holds 8 / p fields, of columns k0 + P e. Masked where it stands and read as float16, a field
+c at bit p e is the subnormal number c 2^(p e - 24), exactly: two weights cost one AND, tensor cores do the rest, with
+exact products and float32 sums. No code is shifted or converted; what is left of powers of two goes to the sums.
+
+In upper case: C columns and R rows of a tile, BC and BR the powers of two that hold them (BR at least 16), N columns of
+digits, ASM whether registers are taken apart by hand (Triton's interpreter cannot), PDL whether a kernel may start
+before the one in front of it has ended.
 """
 
 from __future__ import annotations
@@ -16,9 +20,7 @@ try:
 except ModuleNotFoundError:  # `gpu` says so when it is asked for a product
     triton = tl = None
 
-TOP = 14  # log2 of what a group's largest activation is brought to: float16's range lies below it
-LEAST = 37  # exponent of float32, biased: groups whose largest is below 2^-90 count as zeros
-LOW = 11  # bits of the first of two float16 digits
+AVAILABLE = triton is not None
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -62,6 +64,7 @@ def prepare(
     column = tl.load(order + place, (c < C) & (place < columns_in), 0)
     mine = (n < batch * DIGITS)[:, None] & ((c < C) & (place < columns_in))[None, :]
     values = tl.load(x + (n % batch)[:, None].to(tl.int64) * columns_in + column[None, :], mine, 0).to(tl.float32)
+    # 2^14 and up for a group's largest, so that float16 ends 2^-39 of it further down; below 2^-90 it counts as zero.
     exponent = (tl.max(tl.abs(values), 1).to(tl.int32, bitcast=True) >> 23) & 255
     live = exponent >= 37
     values *= tl.where(live, (268 - exponent) << 23, 0).to(tl.float32, bitcast=True)[:, None]
@@ -111,15 +114,12 @@ def _plane(
     N: tl.constexpr,
     ASM: tl.constexpr,
 ) -> tl.tensor:
-    """sum c x float32 [BR, N] of one plane; digits [N, C] of the tile's group, of which the first `used` are not zero."""
+    """sum c x float32 [BR, N] of one plane; digits [N, C] of the tile's group, the first `used` rows not zero."""
     P: tl.constexpr = C * BITS // 8
     BP: tl.constexpr = max(16, BC * BITS // 8)
     r, k, n = tl.arange(0, BR), tl.arange(0, BP), tl.arange(0, N)
     at = codes + r[:, None] * P + k[None, :]
-    if BR == R and BP == P:
-        v = tl.load(at)
-    else:
-        v = tl.load(at, (r < R)[:, None] & (k < P)[None, :], 0)
+    v = tl.load(at) if BR == R and BP == P else tl.load(at, (r < R)[:, None] & (k < P)[None, :], 0)
     total = tl.zeros([BR, N], tl.float32)
     for e in tl.static_range(8 // BITS):
         b = tl.load(digits + n[None, :] * C + (e * P + k)[:, None], (n < used)[None, :] & (k < P)[:, None], 0)
@@ -194,7 +194,6 @@ def multiply(
     digits: tl.tensor,
     sums: tl.tensor,
     items: tl.tensor,
-    firsts: tl.tensor,
     partial: tl.tensor,
     arrived: tl.tensor,
     y: tl.tensor,
@@ -210,25 +209,23 @@ def multiply(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
-    ONLY: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
     """One item: a run of tiles of one width in one strip. The last one of a strip to arrive adds up its items."""
     item = tl.program_id(0)
-    width, strip = tl.load(items + item * 5), tl.load(items + item * 5 + 1)
-    first, count = tl.load(items + item * 5 + 2), tl.load(items + item * 5 + 3)
-    unit = tl.load(items + item * 5 + 4)
-    begin, end = tl.load(firsts + strip), tl.load(firsts + strip + 1)
+    width, strip = tl.load(items + item * 8), tl.load(items + item * 8 + 1)
+    first, count = tl.load(items + item * 8 + 2), tl.load(items + item * 8 + 3)
+    unit = tl.load(items + item * 8 + 4)
+    begin, end = tl.load(items + item * 8 + 5), tl.load(items + item * 8 + 6)
     used = batch * DIGITS
     if PDL:
         tl.extra.cuda.gdc_wait()
     acc = tl.zeros([BR, N], tl.float32)
     for W in tl.static_range(1, 9):
-        if W != 7 and (ONLY == 0 or ONLY == W):
-            if width == W:
-                acc = _run(
-                    codes, nibbles, labels, digits, sums, first, count, unit, base, used, W, R, BR, C, BC, N, ASM, STAGES
-                )
+        if width == W:
+            acc = _run(
+                codes, nibbles, labels, digits, sums, first, count, unit, base, used, W, R, BR, C, BC, N, ASM, STAGES
+            )
     r, n = tl.arange(0, BR), tl.arange(0, N)
     inner = r[:, None] * N + n[None, :]
     tl.store(partial + item * (BR * N) + inner, acc)
@@ -239,7 +236,7 @@ def multiply(
         for start in range(begin, end, CHUNK):
             for j in tl.static_range(CHUNK):
                 for d in tl.static_range(DIGITS):
-                    inside = (start + j < end) & (n < batch)[None, :] & (r < R)[:, None]
+                    inside = (n < tl.where(start + j < end, batch, 0))[None, :] & (r < R)[:, None]
                     own = partial + (start + j) * (BR * N) + inner + d * batch
                     acc += tl.load(own, inside, 0.0, cache_modifier=".cg")
         row = strip * R + r
@@ -278,9 +275,9 @@ def decode(
 ) -> None:
     """Weights of one item into dense [out, in], columns in rounding order."""
     item = tl.program_id(0)
-    width, strip = tl.load(items + item * 5), tl.load(items + item * 5 + 1)
-    first, count = tl.load(items + item * 5 + 2), tl.load(items + item * 5 + 3)
-    unit = tl.load(items + item * 5 + 4)
+    width, strip = tl.load(items + item * 8), tl.load(items + item * 8 + 1)
+    first, count = tl.load(items + item * 8 + 2), tl.load(items + item * 8 + 3)
+    unit = tl.load(items + item * 8 + 4)
     UNIT: tl.constexpr = R * C // 8
     r, c = tl.arange(0, BR), tl.arange(0, BC)
     row = strip * R + r

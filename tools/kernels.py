@@ -43,10 +43,10 @@ GROUP = 128  # of torch's 4-bit format
 Product = Callable[[int], object]  # with the copy of that number
 
 
-def packed(shape: tuple[int, int], rng: np.random.Generator) -> PackedTensor:
-    """Random codes and steps."""
+def packed(shape: tuple[int, int], rng: np.random.Generator, shares: dict[int, float] = SHARES) -> PackedTensor:
+    """Random codes and steps, tiles of each width by their share."""
     strips, groups = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
-    index = rng.choice(len(WIDTHS), (strips, groups), p=[SHARES[b] for b in WIDTHS.tolist()])
+    index = rng.choice(len(WIDTHS), (strips, groups), p=[shares.get(b, 0) for b in WIDTHS.tolist()])
     live = int((index > 0).sum())
     arrays = {
         "codes": rng.integers(0, 256, int(WIDTHS[index].sum()) * ROWS * COLUMNS // 8, np.uint8),

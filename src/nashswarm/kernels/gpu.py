@@ -25,8 +25,8 @@ from nashswarm.types import InputError, PackedTensor
 MOST_ROWS = 16  # of activations that are multiplied by packed bits; with more, decoding once is faster
 TALLEST, WIDEST = 64, 256  # rows and columns of the tiles that kernels are made for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Tiles of b bits an item has: WORK / (2 + b). On an H100, 4096 x 11008, batch 1, us by WORK at 4 bits and at 3.25: 24:
-# 21.6 and 26.7, 48: 19.6 and 25.4, 96: 28.7 and 34.5 (2 stages; with 3: 24.3 and 29.0, 21.7 and 27.6, 23.4 and 28.5).
+# Tiles of b bits an item has: WORK / (2 + b). On an H100, 4096 x 11008, batch 1, us by WORK at 4 bits and at 3.25: 32:
+# 20.4 and 24.7, 48: 18.1 and 24.4, 64: 20.7 and 29.3; with 3 stages of loads in place of 2, 48: 19.7 and 23.9.
 WORK, STAGES = 48, 2
 AT_ONCE = 8  # items that are added up with their loads in flight together
 WARPS = 4  # of programs that prepare activations or decode
@@ -180,9 +180,11 @@ def _codes(codes: np.ndarray, index: np.ndarray, rows: int, columns: int) -> np.
 
 
 def _items(counts: np.ndarray, work: int) -> np.ndarray:
-    """int32 [items, 8]: width, strip, first tile, tiles, first unit of codes, first item of the strip, and of the next.
+    """int32 [items, 8]: width, strip, first tile, tiles, first unit of codes; place of the strip, of the next, of the item.
 
-    counts int64 [strips, widths]. Items of a strip stand together; a strip without tiles has one, which writes zeros.
+    counts int64 [strips, widths]. Sums of a strip's items have places side by side; a strip without tiles has one item,
+    which writes zeros. Wide ones start first, and those of one width together: what runs at a time is one loop, which
+    stays in the cache of instructions.
     """
     pieces = -(-counts * (2 + WIDTHS) // work)
     pieces[:, 0] = pieces.sum(1) == 0
@@ -193,7 +195,8 @@ def _items(counts: np.ndarray, work: int) -> np.ndarray:
     begin, end = (k * tiles // pieces.reshape(-1)[run] for k in (j, j + 1))
     first, unit = (_starts(sizes).reshape(-1)[run] for sizes in (counts, counts * WIDTHS))
     columns = [width, strip, first + begin, end - begin, unit + begin * width]
-    return np.stack([*columns, (last - pieces.sum(1))[strip], last[strip], 0 * run], 1).astype(np.int32)
+    found = np.stack([*columns, (last - pieces.sum(1))[strip], last[strip], np.arange(len(run))], 1)
+    return found[np.argsort(-width, kind="stable")].astype(np.int32)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

@@ -217,6 +217,7 @@ def multiply(
     first, count = tl.load(items + item * 8 + 2), tl.load(items + item * 8 + 3)
     unit = tl.load(items + item * 8 + 4)
     begin, end = tl.load(items + item * 8 + 5), tl.load(items + item * 8 + 6)
+    slot = tl.load(items + item * 8 + 7)
     used = batch * DIGITS
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -228,7 +229,7 @@ def multiply(
             )
     r, n = tl.arange(0, BR), tl.arange(0, N)
     inner = r[:, None] * N + n[None, :]
-    tl.store(partial + item * (BR * N) + inner, acc)
+    tl.store(partial + slot * (BR * N) + inner, acc)
     tl.debug_barrier()
     if tl.atomic_add(arrived + strip, 1, sem="acq_rel", scope="gpu") == end - begin - 1:
         tl.debug_barrier()

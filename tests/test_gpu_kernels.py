@@ -92,7 +92,7 @@ def test_every_batch_is_within_the_bound(batch: int) -> None:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=500 if DEVICE == "cuda" else 25)
+@settings(deadline=None, max_examples=25)
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 500)),
     rows=st.sampled_from([8, 16, 24, 32, 48, 64]),

@@ -2,7 +2,7 @@
 
 As tools/kernels.py, whose random tiles these are, at a mean width of 3.25 bits and at 4 bits throughout. A contestant's
 products, with every copy of its matrix in turn, are one CUDA graph; in every round each graph is replayed once, and a
-ratio is of two times of one round. TB/s are the bytes of a matrix over the median time, and a share of what `torch.sum` reads.
+ratio is of two times of one round. TB/s are the bytes of a matrix over the median time, beside what `torch.sum` reads.
 Then a stack of layers in the shape of GPT-2 XL, without its attention, writes tokens: as a graph, and call by call.
 """
 

@@ -3,7 +3,8 @@
 Loading re-orders the codes and adds no bit to them: tiles of one width stand together, strip by strip, so that a
 program runs over one width without a branch, and a plane's bytes lie as [rows][P] instead of [P / 4][rows][4], so that
 the 16 bytes of a row that a lane loads at once are neighbours. What is added is an index: 4 bytes for a tile (its group
-of columns, and the byte of its steps, which was there), 32 for an item, 4 for a column.
+of columns, and the byte of its steps, which was there), 32 for an item, 4 for a column. Of 4096 x 11008 at 3.24 bits
+that is 1.0 %.
 
 An item is a run of tiles of one width in one strip, the work of one warp. The last item of a strip to end adds up what
 all have left, in their order: results are the same, bit for bit, from run to run.
@@ -180,7 +181,7 @@ def _codes(codes: np.ndarray, index: np.ndarray, rows: int, columns: int) -> np.
 
 
 def _items(counts: np.ndarray, work: int) -> np.ndarray:
-    """int32 [items, 8]: width, strip, first tile, tiles, first unit of codes; place of the strip, of the next, of the item.
+    """int32 [items, 8]: width, strip, first tile, tiles, first unit of codes; place of the strip, the next one's, own.
 
     counts int64 [strips, widths]. Sums of a strip's items have places side by side; a strip without tiles has one item,
     which writes zeros. Wide ones start first, and those of one width together: what runs at a time is one loop, which

@@ -62,8 +62,8 @@ def bound(packed: PackedTensor, x: Tensor) -> Tensor:
     sums = torch.zeros(len(x), cut.tiles, dtype=torch.float64)
     for t in range(cut.tiles):
         own = x.double()[:, torch.from_numpy(order[t * cut.columns : (t + 1) * cut.columns])].abs()
-        sums[:, t] = own.sum(1) + 2.0**-14 * cut.columns * own.amax(1)
-    return sums @ by_row.T * UNIT * (cut.tiles + 64)
+        sums[:, t] = (cut.tiles + 64) * own.sum(1) + 8 * cut.columns * own.amax(1)
+    return sums @ by_row.T * UNIT
 
 
 def check(packed: PackedTensor, x: Tensor) -> None:

@@ -40,9 +40,9 @@ class GpuMatrix:
     tile's columns, those of float32 two; products are exact, sums float32. With |x|_t the largest activation in a group
     t, s_rt the step of row r in its tile, b its width, T groups, u = 2^-24, before y is rounded to x's dtype:
 
-        |y_r - x w^_r| <= u (T + 64) sum_t s_rt 2^b (sum_{c in t} |x_c| + 2^-14 columns |x|_t)
+        |y_r - x w^_r| <= u sum_t s_rt 2^b ((T + 64) sum_{c in t} |x_c| + 8 columns |x|_t)
 
-    Groups whose largest is below 2^-90 count as zeros; what is not finite in x makes outputs not finite wherever its
+    where 8 columns |x|_t is what tensor cores may lose beside a large product. Groups whose largest is below 2^-90 count as zeros; what is not finite in x makes outputs not finite wherever its
     tile's width is above 0. More rows: W is decoded to x's dtype and multiplied by torch. Both can be captured in a
     CUDA graph, after one product of the same dtype and number of rows has compiled the kernels.
     """

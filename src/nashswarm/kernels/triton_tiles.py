@@ -1,8 +1,10 @@
 """Kernels in Triton over `tiles` in the device's layout (see `gpu`); imports without Triton, too.
 
 A byte of a plane of p bits holds 8 / p fields, of columns k0 + P e. Masked where it stands and read as float16, a field
-c at bit p e is the subnormal number c 2^(p e - 24), exactly: two weights cost one AND, tensor cores do the rest, with
-exact products and float32 sums. No code is shifted or converted; what is left of powers of two goes to the sums.
+c at bit p e is the subnormal number c 2^(p e - 24), exactly; times 2^15 it is a normal one, c 2^(p e - 9). So two
+weights cost an AND and a product, and tensor cores do the rest, with exact products and float32 sums; what is left of
+powers of two goes to the sums. (Tensor cores align subnormal numbers by their exponent alone: without the factor, sums
+beside an outlier lost up to 4 bits.)
 
 In upper case: C columns and R rows of a tile, BC and BR the powers of two that hold them (BR at least 16), N columns of
 digits, ASM whether registers are taken apart by hand (Triton's interpreter cannot), PDL whether a kernel may start
@@ -84,9 +86,10 @@ def prepare(
 
 
 def _assembly(mask: int) -> str:
-    """Four bytes of a register to two pairs of 16 bits, and a mask on each."""
-    move = "prmt.b32 {0}, $2, 0, 0x{1}; and.b32 {0}, {0}, 0x{2:08x};"
-    return " ".join(move.format(place, bytes_, mask * 0x10001) for place, bytes_ in (("$0", 4140), ("$1", 4342)))
+    """Four bytes of a register to two pairs of 16 bits, a mask on each, and the factor 2^15."""
+    move = "prmt.b32 {0}, $2, 0, 0x{1}; and.b32 {0}, {0}, 0x{2:08x}; mul.rn.f16x2 {0}, {0}, f;"
+    moves = " ".join(move.format(place, bytes_, mask * 0x10001) for place, bytes_ in (("$0", 4140), ("$1", 4342)))
+    return "{ .reg .b32 f; mov.b32 f, 0x78007800; " + moves + " }"
 
 
 if triton:
@@ -95,10 +98,10 @@ if triton:
 
 @jit
 def _field(v: tl.tensor, MASK: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
-    """Bits of bytes [...] as subnormal float16 [...]."""
+    """Bits of bytes [...], times 2^-9, as float16 [...]."""
     if ASM:
         return tl.inline_asm_elementwise(_assembly(MASK), "=r,=r,r", [v], tl.float16, True, 4)
-    return (v.to(tl.int16) & MASK).to(tl.float16, bitcast=True)
+    return (v.to(tl.int16) & MASK).to(tl.float16, bitcast=True) * 32768.0
 
 
 @jit
@@ -123,7 +126,7 @@ def _plane(
     total = tl.zeros([BR, N], tl.float32)
     for e in tl.static_range(8 // BITS):
         b = tl.load(digits + n[None, :] * C + (e * P + k)[:, None], (n < used)[None, :] & (k < P)[:, None], 0)
-        total += tl.dot(_field(v, ((1 << BITS) - 1) << (BITS * e), ASM), b) * (2.0 ** (24 - BITS * e))
+        total += tl.dot(_field(v, ((1 << BITS) - 1) << (BITS * e), ASM), b) * (2.0 ** (9 - BITS * e))
     return total
 
 

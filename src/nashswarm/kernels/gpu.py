@@ -42,9 +42,10 @@ class GpuMatrix:
 
         |y_r - x w^_r| <= u sum_t s_rt 2^b ((T + 64) sum_{c in t} |x_c| + 8 columns |x|_t)
 
-    where 8 columns |x|_t is what tensor cores may lose beside a large product. Groups whose largest is below 2^-90 count as zeros; what is not finite in x makes outputs not finite wherever its
-    tile's width is above 0. More rows: W is decoded to x's dtype and multiplied by torch. Both can be captured in a
-    CUDA graph, after one product of the same dtype and number of rows has compiled the kernels.
+    where 8 columns |x|_t is what tensor cores may lose beside large products. Groups whose largest is below 2^-90 count
+    as zeros; what is not finite in x makes outputs not finite wherever its tile's width is above 0. More rows: W is
+    decoded to x's dtype and multiplied by torch. Both can be captured in a CUDA graph, after one product of the same
+    dtype and number of rows has compiled the kernels.
     """
 
     def __init__(self, packed: PackedTensor, device: torch.device | str = "cuda", work: int = WORK) -> None:

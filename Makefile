@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark kernels lint compare clean
+.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark kernels gpu-kernels lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ benchmark: $(READY)  ## time and memory of score, allocate and pack on GPT-2's t
 
 kernels: $(READY)  ## products with packed matrices against torch's and ONNX Runtime's, on GPT-2 XL's and Llama-7B's shapes
 	python tools/kernels.py
+
+gpu-kernels: $(READY)  ## the same on a GPU, against cuBLAS; needs Triton (pip install -e '.[gpu]')
+	python tools/gpu_kernels.py
 
 lint: $(READY)  ## format and check
 	ruff check --fix . && ruff format . && mypy

@@ -40,6 +40,7 @@ TORCH = {
     "blocks",
     "evaluation",
     "feedback",
+    "kernels.gpu",
     "kernels.matrix",
     "kernels.serving",
     "loading",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONTEXT, FAMILIES, METHODS, VOCABULARY, Packed
 
 from nashswarm.loading import load
+from nashswarm.packed import PackedModel
 from nashswarm.resident import PackedWeight
 from nashswarm.types import InputError
 
@@ -46,3 +50,11 @@ def test_another_dtype_leaves_the_packed_bytes_alone(packed: PackedModels) -> No
 def test_another_residence_is_refused(packed: PackedModels) -> None:
     with pytest.raises(InputError, match="resident: 'disk'; choose 'dequantized' or 'packed'"):
         load(packed("gpt2", "rtn4-g64").directory, resident="disk")  # type: ignore[arg-type]
+
+
+def test_a_matrix_is_in_memory_once(packed: PackedModels, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(packed("gpt2", "market-tiles-3_25").directory, tmp_path / "own"))
+    model = load(directory, resident="packed")
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, PackedModel) and o.directory == directory]
+    assert all(not m.packed.arrays for m in model.modules() if isinstance(m, PackedWeight))

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, VOCABULARY, Packed
 
 from nashswarm import loading
-from nashswarm.kernels import build, serving
+from nashswarm.kernels import build, matrix, serving
 from nashswarm.kernels.matrix import Matrix
 from nashswarm.resident import PackedWeight
 from nashswarm.types import PackedTensor
@@ -71,7 +71,10 @@ def test_a_token_is_looked_up_without_decoding_its_table(
         tables[0](torch.tensor([VOCABULARY]))
 
 
-def test_many_rows_and_gradients_are_decoded(packed: PackedModels, products: list[tuple[int, ...]]) -> None:
+def test_many_rows_and_gradients_are_decoded(
+    packed: PackedModels, products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "DECODED_ABOVE", 15)
     directory = packed("gpt2", METHOD).directory
     model, expected = serving.load(directory, resident="packed"), loading.load(directory)
     many = TOKENS.repeat(2, 1)
@@ -81,6 +84,15 @@ def test_many_rows_and_gradients_are_decoded(packed: PackedModels, products: lis
         seen = torch.randn(1, 8, model.config.n_embd, requires_grad=True)
         assert model(inputs_embeds=seen).logits.requires_grad
     assert products == []
+
+
+def test_a_prompt_is_multiplied_by_the_bits(packed: PackedModels, products: list[tuple[int, ...]]) -> None:
+    model = serving.load(packed("gpt2", METHOD).directory, resident="packed")
+    prompt = TOKENS.repeat(1, 3)
+    with torch.inference_mode():
+        expected = loading.load(packed("gpt2", METHOD).directory)(prompt).logits
+        assert torch.allclose(model(prompt).logits, expected, atol=1e-5 * float(expected.abs().max()))
+    assert (1, 24, model.config.n_embd) in products
 
 
 def test_other_codecs_are_left_alone(packed: PackedModels) -> None:

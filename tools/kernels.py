@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from nashswarm.threads import set_threads, wait_asleep
@@ -17,16 +16,8 @@ wait_asleep()  # before torch is loaded
 
 from nashswarm.benchmarks import kernels  # noqa: E402
 from nashswarm.benchmarks.machine import machine  # noqa: E402
-from nashswarm.benchmarks.matrices import SHARES, packed  # noqa: E402
-from nashswarm.benchmarks.timing import Row, Spread  # noqa: E402
+from nashswarm.benchmarks.timing import Row  # noqa: E402
 from nashswarm.config import Benchmark, sizes  # noqa: E402
-
-__all__ = ["SHARES", "packed", "spread"]  # for other tools that measure such products
-
-
-def spread(values: np.ndarray) -> str:
-    """Median and quartiles."""
-    return str(Spread.of(values))
 
 
 def line(row: Row) -> str:

@@ -58,7 +58,7 @@ def _load_packed(packed: PackedModel, dtype: torch.dtype) -> PreTrainedModel:
         transposed, (rows, columns) = is_transposed(model, name), tensor.shape
         own = tuple(model.get_parameter(name).shape)
         check_shape(packed.directory, name, (columns, rows) if transposed else (rows, columns), own)
-        weight = PackedWeight(tensor, partial(_decode, packed, name), transposed).to(dtype)
+        weight = PackedWeight(tensor, partial(_decode, packed.directory, name), transposed).to(dtype)
         for other in tied[name]:
             keep_packed(model.get_submodule(other.rpartition(".")[0]), weight)
     fill(model, packed.directory, _vectors(packed))
@@ -95,14 +95,14 @@ def _stored(packed: PackedModel, kinds: Mapping[str, str], name: str) -> Tensor:
     """A parameter as the model stores it."""
     if name in packed.vectors:
         return torch.from_numpy(np.array(packed.vectors[name], np.float32))
-    weight = _decode(packed, name, packed.tensors[name])
+    weight = _decode(packed.directory, name, packed.tensors[name])
     return weight.T.contiguous() if kinds[name] == "conv1d" else weight
 
 
 def dequantized(packed: PackedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of every parameter; matrices in canonical orientation (out, in)."""
     for name, tensor in packed.tensors.items():
-        yield name, _decode(packed, name, tensor)
+        yield name, _decode(packed.directory, name, tensor)
     yield from _vectors(packed)
 
 
@@ -111,9 +111,9 @@ def _vectors(packed: PackedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.from_numpy(np.array(vector, np.float32))
 
 
-def _decode(packed: PackedModel, name: str, tensor: PackedTensor) -> Tensor:
+def _decode(directory: Path, name: str, tensor: PackedTensor) -> Tensor:
     """One matrix. Raises PackedError for arrays and numbers that its codec did not write."""
-    where = f"{packed.directory / MANIFEST}: {name}"
+    where = f"{directory / MANIFEST}: {name}"
     try:
         weight: Tensor = load_room("codecs", tensor.codec).decode(tensor)
     except NashSwarmError as error:

@@ -6,6 +6,7 @@ forward pass pays for decoding. Modules keep their classes' code: what changes i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -20,22 +21,23 @@ class PackedWeight(nn.Module):
 
     def __init__(self, packed: PackedTensor, decode: Callable[[PackedTensor], Tensor], transposed: bool) -> None:
         super().__init__()
-        self.packed, self.decode, self.transposed = packed, decode, transposed
+        self.packed = dataclasses.replace(packed, arrays={})  # whose arrays are the buffers, and no second copy
+        self.kinds = {part: (array.dtype, array.shape) for part, array in packed.arrays.items()}
+        self.decode, self.transposed = decode, transposed
         self.register_buffer("like", torch.empty(0), persistent=False)  # of the dtype and on the device asked for
         for part, array in packed.arrays.items():
             self.register_buffer(f"bytes_{part}", torch.from_numpy(np.array(array).reshape(-1).view(np.uint8)))
 
     def forward(self) -> Tensor:
         """The matrix as its module expects it: (out, in), or (in, out) in a Conv1D."""
-        stored = {part: self._array(part, array) for part, array in self.packed.arrays.items()}
-        packed = PackedTensor(self.packed.codec, self.packed.shape, stored, self.packed.scalars, self.packed.shared)
         like = self.get_buffer("like")
-        weight = self.decode(packed).to(like.device, like.dtype)
+        weight = self.decode(self.whole()).to(like.device, like.dtype)
         return weight.T if self.transposed else weight
 
-    def _array(self, part: str, like: np.ndarray) -> np.ndarray:
-        stored: Tensor = self.get_buffer(f"bytes_{part}")
-        return stored.cpu().numpy().view(like.dtype).reshape(like.shape)
+    def whole(self) -> PackedTensor:
+        """The packed matrix over the buffers' memory, or over a copy where they are not on the processor."""
+        stored = {p: self.get_buffer(f"bytes_{p}").cpu().numpy().view(k).reshape(s) for p, (k, s) in self.kinds.items()}
+        return dataclasses.replace(self.packed, arrays=stored)
 
 
 def keep_packed(module: nn.Module, weight: PackedWeight) -> None:

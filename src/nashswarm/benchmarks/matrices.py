@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,10 @@ BLOCK = 1 << 20  # random numbers that a dense model's weights repeat
 DEVIATION = 0.02  # of them, as in GPT-2
 
 
-def packed(shape: tuple[int, int], rng: np.random.Generator) -> PackedTensor:
-    """Random codes and steps of the codec `tiles`."""
+def packed(shape: tuple[int, int], rng: np.random.Generator, shares: Mapping[int, float] = SHARES) -> PackedTensor:
+    """Random codes and steps of the codec `tiles`, tiles of each width by their share."""
     strips, groups = -(-shape[0] // ROWS), -(-shape[1] // COLUMNS)
-    index = rng.choice(len(WIDTHS), (strips, groups), p=[SHARES[b] for b in WIDTHS.tolist()])
+    index = rng.choice(len(WIDTHS), (strips, groups), p=[shares.get(b, 0) for b in WIDTHS.tolist()])
     live = int((index > 0).sum())
     arrays = {
         "codes": rng.integers(0, 256, int(WIDTHS[index].sum()) * ROWS * COLUMNS // 8, np.uint8),

@@ -1,12 +1,13 @@
-"""A model that is resident in packed form, whose layers use the packed bits while it writes token by token.
+"""A model that is resident in packed form, whose layers use the packed bits.
 
-With up to 8 rows of activations (tokens times batch) a layer's time is that of reading its matrix, and a packed one is
-a tenth of a float32 one. With more, decoding once and multiplying with torch is faster.
+With up to 8 rows of activations (tokens times batch), as in writing token by token, a layer's time is that of reading
+its matrix, and a packed one is a tenth of a float32 one. More rows go over the matrix 8 at a time, and are bound by
+arithmetic; with thousands, decoding once and multiplying with torch is faster. On a GPU that begins above 16 rows, and
+decoding is done there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm import loading
-from nashswarm.kernels.matrix import MOST_ROWS, Activations, Matrix, aligned
+from nashswarm.kernels.gpu import GpuMatrix
+from nashswarm.kernels.matrix import Activations, Matrix, aligned
 from nashswarm.resident import PackedWeight
 from nashswarm.types import PackedTensor
 
@@ -36,21 +38,28 @@ def load(
 
 
 def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
-    """Let the layers of a model from `load(..., resident="packed")` use `Matrix`; returns how many do.
+    """Let the layers of a model from `load(..., resident="packed")` use `Matrix` or `GpuMatrix`; returns how many do.
 
-    They are those of codec `tiles` in a plain Linear, Conv1D or Embedding. The first two use their matrix for up to 8
-    rows on the processor that need no gradient, and decode it for all else; logits then differ from the decoded model's
-    as `Matrix` says. An Embedding decodes the rows that it looks up.
+    They are those of codec `tiles` in a plain Linear, Conv1D or Embedding. The first two multiply what
+    `Matrix.takes` and needs no gradient, and decode for all else; logits then differ from the decoded model's as
+    `Matrix` says. An Embedding decodes the rows that it looks up. Where a packed weight lies on a GPU, any number of
+    rows there, of any `activations`, takes a `GpuMatrix`; the file's bytes go back to the processor, so that the GPU
+    holds a matrix once.
     """
-    made: dict[PackedWeight, Matrix] = {}
+    made: dict[PackedWeight, tuple[Matrix, Matrix | GpuMatrix]] = {}
     layers = [m for m in model.modules() if _takes_part(m)]
     for module in layers:
         weight: Any = module.packed_weight
         if weight not in made:
-            made[weight] = Matrix(_resident(weight))
+            device = weight.get_buffer("bytes_codes").device
+            packed = _resident(weight)
+            own = Matrix(packed)
+            made[weight] = own, own if device.type == "cpu" else GpuMatrix(packed, device)
+        looks_up = isinstance(module, nn.Embedding)
         kind = type(module)
-        module.__class__ = _looking_up(kind) if isinstance(module, nn.Embedding) else _multiplying(kind)
-        module.kernel, module.activations = made[weight], activations  # type: ignore[assignment]
+        module.__class__ = _looking_up(kind) if looks_up else _multiplying(kind)
+        module.kernel = made[weight][0 if looks_up else 1]  # type: ignore[assignment]
+        module.options = (activations,) if isinstance(module.kernel, Matrix) else ()  # type: ignore[assignment]
     return len(layers)
 
 
@@ -67,20 +76,20 @@ def _takes_part(module: nn.Module) -> bool:
 
 
 def _resident(weight: PackedWeight) -> PackedTensor:
-    """The matrix over the module's own bytes, of which the codes are moved to where vectors fit lines of the cache."""
+    """The matrix over the module's own bytes, on the processor, the codes where vectors fit lines of the cache."""
+    for part in weight.kinds:
+        weight.register_buffer(f"bytes_{part}", weight.get_buffer(f"bytes_{part}").cpu())
     codes = weight.get_buffer("bytes_codes").numpy()
     weight.register_buffer("bytes_codes", torch.from_numpy(aligned(codes)))
-    arrays = {part: weight.get_buffer(f"bytes_{part}").numpy() for part in weight.packed.arrays}
-    return dataclasses.replace(weight.packed, arrays=arrays)
+    return weight.whole()
 
 
 def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: Tensor) -> Tensor:
-        few = x.numel() <= MOST_ROWS * x.shape[-1]
-        if not (few and self.kernel.fast and x.device.type == "cpu") or (x.requires_grad and torch.is_grad_enabled()):
+        if not self.kernel.takes(x) or (x.requires_grad and torch.is_grad_enabled()):
             decoded: Tensor = kind.forward(self, x)
             return decoded
-        y: Tensor = self.kernel.matmul(x, self.activations)
+        y: Tensor = self.kernel.matmul(x, *self.options)
         return y if self.bias is None else y + self.bias
 
     return type(f"Multiplying{kind.__name__}", (kind,), {"forward": forward})
@@ -88,11 +97,10 @@ def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _looking_up(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, numbers: Tensor) -> Tensor:
-        like = self.packed_weight.like
-        if like.device.type != "cpu" or numbers.numel() * self.kernel.packed.scalars["rows"] > self.num_embeddings:
+        if numbers.numel() * self.kernel.packed.scalars["rows"] > self.num_embeddings:
             decoded: Tensor = kind.forward(self, numbers)
             return decoded
-        rows: Tensor = self.kernel.rows(numbers)
-        return rows.to(like.dtype)
+        rows: Tensor = self.kernel.rows(numbers.cpu())
+        return rows.to(self.packed_weight.like)
 
     return type(f"LookingUp{kind.__name__}", (kind,), {"forward": forward})

@@ -56,5 +56,5 @@ def test_a_matrix_is_in_memory_once(packed: PackedModels, tmp_path: Path) -> Non
     directory = Path(shutil.copytree(packed("gpt2", "market-tiles-3_25").directory, tmp_path / "own"))
     model = load(directory, resident="packed")
     gc.collect()
-    assert not [o for o in gc.get_objects() if isinstance(o, PackedModel) and o.directory == directory]
+    assert not [o for o in gc.get_objects() if type(o) is PackedModel and o.directory == directory]
     assert all(not m.packed.arrays for m in model.modules() if isinstance(m, PackedWeight))

@@ -130,25 +130,27 @@ class Matrix:
         if least < 0 or most >= self.shape[0]:
             raise IndexError(f"rows {least}..{most} of a matrix that has {self.shape[0]}")
         strips, places = torch.unique(numbers // self._layout.rows, return_inverse=True)
-        decoded = torch.stack([self._strip(strip) for strip in strips.tolist()])
-        return decoded[places, numbers % self._layout.rows]
+        weight: Tensor = TILES.decode(self._part(strips.numpy()))
+        return weight[places * self._layout.rows + numbers % self._layout.rows]
 
-    def _strip(self, strip: int) -> Tensor:
-        """[rows, in], padded rows included: the strip as a matrix of its own, of its own parts of the arrays."""
+    def _part(self, strips: np.ndarray) -> PackedTensor:
+        """Some strips, padded rows included, as a matrix of their own, of their own parts of the arrays."""
         rows, columns, arrays = self._layout.rows, self._layout.columns, self._arrays
-        counts = arrays["counts"][strip].astype(np.int64)
-        first, code = int(arrays["tile_starts"][strip]), int(arrays["code_starts"][strip])
-        last, size, pair = first + int(counts[1:].sum()), int(counts @ WIDTHS) * rows * columns // 8, (rows + 1) // 2
-        index = np.zeros(-(-self.shape[1] // columns), np.uint8)
-        index[arrays["groups"][first:last]] = np.repeat(np.arange(1, len(WIDTHS)), counts[1:])
-        scales = arrays["nibbles"][first * pair : last * pair], arrays["bytes"][first:last]
+        counts, pair = arrays["counts"][strips].astype(np.int64), (rows + 1) // 2
+        starts, firsts = arrays["code_starts"][strips], arrays["tile_starts"][strips]
+        ends, lasts = starts + counts @ (rows * columns * WIDTHS // 8), firsts + counts[:, 1:].sum(1)
+        index = np.zeros((len(strips), -(-self.shape[1] // columns)), np.uint8)
+        for i, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            index[i, arrays["groups"][first:last]] = np.repeat(np.arange(1, len(WIDTHS)), counts[i, 1:])
+        codes = [arrays["codes"][a:b] for a, b in zip(starts, ends, strict=True)]
+        nibbles = [arrays["nibbles"][a * pair : b * pair] for a, b in zip(firsts, lasts, strict=True)]
+        tile_bytes = [arrays["bytes"][a:b] for a, b in zip(firsts, lasts, strict=True)]
         parts = {
-            "codes": arrays["codes"][code : code + size],
-            "scales": np.concatenate(scales),
+            "codes": np.concatenate(codes),
+            "scales": np.concatenate(nibbles + tile_bytes),
             "map": np.concatenate([pack(index, TILES.INDEX_BITS), self._order]),
         }
-        weight: Tensor = TILES.decode(PackedTensor("tiles", (rows, self.shape[1]), parts, self.packed.scalars))
-        return weight
+        return PackedTensor("tiles", (len(strips) * rows, self.shape[1]), parts, self.packed.scalars)
 
     def _multiply(self, x: Tensor, digits: int, threads: int | None, most: Set, y: Tensor) -> None:
         assert self._library is not None

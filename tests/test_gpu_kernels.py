@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import UNIT, WIDTHS, activations_of, random_packed
+from test_kernels import UNIT, WIDTHS, activations_of, not_finite, random_packed
 from torch import Tensor, nn
 
 from nashswarm.codecs import tiles
@@ -140,10 +140,7 @@ def test_many_rows_are_decoded_and_multiplied(dtype: torch.dtype) -> None:
 
 @needs_kernels
 def test_what_is_not_finite_is_not_hidden() -> None:
-    packed = random_packed((32, 256), widths=(3,))
-    for value in (float("nan"), float("inf")):
-        x = torch.ones(2, 256)
-        x[0, 17] = value
+    for packed, x in not_finite():
         found = GpuMatrix(packed, DEVICE).matmul(x.to(DEVICE))
         assert not bool(found[0].isfinite().any())
         assert bool(found[1].isfinite().all())

@@ -75,6 +75,14 @@ def activations_of(kind: str, batch: int, columns: int, seed: int) -> Tensor:
     return x
 
 
+def not_finite() -> Iterator[tuple[PackedTensor, Tensor]]:
+    """A matrix, and two rows of activations of which the first holds what is not finite."""
+    for value in (float("nan"), float("inf")):
+        x = torch.ones(2, 256)
+        x[0, 17] = value
+        yield random_packed((32, 256), widths=(3,)), x
+
+
 def check(packed: PackedTensor, x: Tensor) -> None:
     made, expected = Matrix(packed), x.double() @ tiles.decode(packed).double().T
     for activations in ("float32", "int8"):
@@ -203,10 +211,7 @@ def test_a_forked_process_computes_alone() -> None:
 
 @needs_kernels
 def test_what_is_not_finite_is_not_hidden() -> None:
-    packed = random_packed((32, 256), widths=(3,))
-    for value in (float("nan"), float("inf")):
-        x = torch.ones(2, 256)
-        x[0, 17] = value
+    for packed, x in not_finite():
         found = Matrix(packed).matmul(x)
         assert bool(found[0].isnan().all())
         assert bool(found[1].isfinite().all())

@@ -28,13 +28,16 @@ BLOCKS = 48
 Replay = Callable[[], float]  # us for a product
 
 
+def twin(matrix: GpuMatrix) -> GpuMatrix:
+    """The same matrix in another place."""
+    made = copy.copy(matrix)
+    made._arrays = {name: array.clone() for name, array in matrix._arrays.items()}
+    return made
+
+
 def twins(matrix: GpuMatrix, cold: int) -> list[GpuMatrix]:
     """The same matrix in as many places as make `cold` MiB."""
-    made = [matrix]
-    for _ in range(max(1, -(-(cold << 20) // matrix.nbytes) - 1)):
-        made.append(copy.copy(matrix))
-        made[-1]._arrays = {name: array.clone() for name, array in matrix._arrays.items()}
-    return made
+    return [matrix, *(twin(matrix) for _ in range(max(1, -(-(cold << 20) // matrix.nbytes) - 1)))]
 
 
 def captured(product: Callable[[int], object], copies: int, times: int = 2) -> Replay:
@@ -112,9 +115,7 @@ def decode(rounds: int) -> None:
     """Print the time of a token, as a graph and call by call, packed and dense."""
     rng = np.random.default_rng(0)
     first = [GpuMatrix(packed(shape, rng)) for shape in XL]
-    own = [copy.copy(m) for _ in range(BLOCKS) for m in first]
-    for m in own:
-        m._arrays = {name: array.clone() for name, array in m._arrays.items()}
+    own = [twin(m) for _ in range(BLOCKS) for m in first]
     dense = [torch.randn(shape, device="cuda", dtype=torch.float16) / 40 for _ in range(BLOCKS) for shape in XL]
     stacks = {
         "3.25 bits": Stack([m.matmul for m in own]),

@@ -142,6 +142,13 @@ def _steps(
 
 
 @jit
+def _item(items: tl.tensor) -> tuple[tl.tensor, ...]:
+    """This program's: width, strip, first tile, number of tiles, first unit of codes."""
+    at = items + tl.program_id(0) * 8
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+
+
+@jit
 def _run(
     codes: tl.tensor,
     nibbles: tl.tensor,
@@ -215,12 +222,9 @@ def multiply(
     CHUNK: tl.constexpr,
 ) -> None:
     """One item: a run of tiles of one width in one strip. The last one of a strip to arrive adds up its items."""
-    item = tl.program_id(0)
-    width, strip = tl.load(items + item * 8), tl.load(items + item * 8 + 1)
-    first, count = tl.load(items + item * 8 + 2), tl.load(items + item * 8 + 3)
-    unit = tl.load(items + item * 8 + 4)
-    begin, end = tl.load(items + item * 8 + 5), tl.load(items + item * 8 + 6)
-    slot = tl.load(items + item * 8 + 7)
+    width, strip, first, count, unit = _item(items)
+    places = items + tl.program_id(0) * 8 + 5
+    begin, end, slot = tl.load(places), tl.load(places + 1), tl.load(places + 2)
     used = batch * DIGITS
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -278,10 +282,7 @@ def decode(
     BC: tl.constexpr,
 ) -> None:
     """Weights of one item into dense [out, in], columns in rounding order."""
-    item = tl.program_id(0)
-    width, strip = tl.load(items + item * 8), tl.load(items + item * 8 + 1)
-    first, count = tl.load(items + item * 8 + 2), tl.load(items + item * 8 + 3)
-    unit = tl.load(items + item * 8 + 4)
+    width, strip, first, count, unit = _item(items)
     UNIT: tl.constexpr = R * C // 8
     r, c = tl.arange(0, BR), tl.arange(0, BC)
     row = strip * R + r

@@ -6,6 +6,7 @@ from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, quantize
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
 from nashswarm.recipes import read_recipe
 
 
@@ -13,7 +14,8 @@ def main(params: Params, model: str, method: str) -> None:
     """Write data/allocations/<model>/<method>."""
     set_threads(params)
     recipe = read_recipe(LAYOUT.methods / f"{method}.json")
-    allocation = quantize.allocate(quantize.open_model(LAYOUT, model), recipe, progress)
+    opened, engine = quantize.open_model(LAYOUT, model), make_engine(params.compute)
+    allocation = quantize.allocate(opened, recipe, progress, engine)
     with artifacts.fresh_directory(LAYOUT.allocation(model, method)) as target:
         artifacts.write_allocation(target, allocation)
 

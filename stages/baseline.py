@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, evaluation, models
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
 
 
 def main(params: Params, model: str) -> None:
@@ -13,12 +16,13 @@ def main(params: Params, model: str) -> None:
     set_threads(params)
     download = LAYOUT.download(model)
     index = artifacts.read_index(download)
-    original = models.load_streamed(artifacts.read_source(download).open(LAYOUT.root), index)
+    load = partial(models.load_streamed, artifacts.read_source(download).open(LAYOUT.root), index)
+    engine = make_engine(params.compute)
     context = min(index.context, params.evaluation.context)
     with artifacts.fresh_directory(LAYOUT.baseline(model)) as target:
         for corpus in params.active.corpora:
             split = artifacts.read_tokens(download, corpus, "test")
-            outputs = evaluation.original_outputs(original, split, params.evaluation, context, progress)
+            outputs = evaluation.original_outputs(load, split, params.evaluation, context, progress, engine)
             artifacts.write_record(target / f"{corpus}.safetensors", outputs)
 
 

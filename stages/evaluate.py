@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, evaluation, loading, metrics, packed
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
 
 
 def main(params: Params, model: str, method: str) -> None:
@@ -14,18 +17,18 @@ def main(params: Params, model: str, method: str) -> None:
     download = LAYOUT.download(model)
     index, record = artifacts.read_index(download), artifacts.read_source(download)
     directory = record.open(LAYOUT.root)
-    opened = packed.open_packed(LAYOUT.packed(model, method))
-    quantized = loading.load_for_evaluation(opened, directory, index)
-    head = evaluation.original_head(directory, index)
+    path, engine = LAYOUT.packed(model, method), make_engine(params.compute)
+    load = partial(loading.open_for_evaluation, path, directory, index)
     context = min(index.context, params.evaluation.context)
     losses = {}
     with artifacts.fresh_directory(LAYOUT.windows(model, method)) as target:
         for corpus in params.active.corpora:
             split = artifacts.read_tokens(download, corpus, "test")
-            baseline = artifacts.read_record(LAYOUT.baseline(model) / f"{corpus}.safetensors", evaluation.Baseline)
-            losses[corpus] = evaluation.measure(quantized, head, baseline, split, params.evaluation, context, progress)
+            said = partial(artifacts.read_record, LAYOUT.baseline(model) / f"{corpus}.safetensors", evaluation.Baseline)
+            original = partial(evaluation.open_original, directory, index, said)
+            losses[corpus] = evaluation.measure(load, original, split, params.evaluation, context, progress, engine)
             artifacts.write_record(target / f"{corpus}.safetensors", losses[corpus])
-        document = metrics.document(opened, index, losses, params.evaluation)
+        document = metrics.document(packed.open_packed(path), index, losses, params.evaluation)
         artifacts.write_json(LAYOUT.metrics(model, method), document)
 
 

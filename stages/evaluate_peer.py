@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, evaluation, metrics, models
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def main(params: Params, model: str, peer: str) -> None:
@@ -16,15 +24,19 @@ def main(params: Params, model: str, peer: str) -> None:
     directory, record = source.open(LAYOUT.root), artifacts.read_peer(LAYOUT.peer(model, peer))
     losses = {}
     if record.reason is None:
-        quantized = models.load_arrays(directory, artifacts.read_peer_weights(LAYOUT.peer(model, peer)))
-        head = evaluation.original_head(directory, index)
+        load, engine = partial(_load, directory, LAYOUT.peer(model, peer)), make_engine(params.compute)
         context = min(index.context, params.evaluation.context)
         for corpus in params.active.corpora:
             split = artifacts.read_tokens(download, corpus, "test")
-            baseline = artifacts.read_record(LAYOUT.baseline(model) / f"{corpus}.safetensors", evaluation.Baseline)
-            losses[corpus] = evaluation.measure(quantized, head, baseline, split, params.evaluation, context, progress)
+            said = partial(artifacts.read_record, LAYOUT.baseline(model) / f"{corpus}.safetensors", evaluation.Baseline)
+            original = partial(evaluation.open_original, directory, index, said)
+            losses[corpus] = evaluation.measure(load, original, split, params.evaluation, context, progress, engine)
     document = metrics.peer_document(record, source, index, losses, params.evaluation)
     artifacts.write_json(LAYOUT.metrics(model, peer), document)
+
+
+def _load(directory: Path, peer: Path) -> PreTrainedModel:
+    return models.load_arrays(directory, artifacts.read_peer_weights(peer))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, preflight, quantize
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
 from nashswarm.recipes import read_recipe
 
 
@@ -19,7 +20,8 @@ def main(params: Params, model: str, method: str) -> None:
     preflight.check([preflight.packing_need(opened.index, recipe)], LAYOUT.root)
     parent, files = LAYOUT.staging / "packed" / model, opened.record.files
     journal = quantize.open_journal(parent, method, recipe, allocation, ids, files, LAYOUT.scores(model))
-    quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress, journal)
+    target, engine = LAYOUT.packed(model, method), make_engine(params.compute)
+    quantize.pack(opened, recipe, allocation, ids, target, progress, journal, engine)
     journal.close()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from common import LAYOUT, progress, run, set_threads
 
 from nashswarm import artifacts, models, preflight, statistics
 from nashswarm.config import Params
+from nashswarm.engine import make_engine
 
 
 def main(params: Params, model: str) -> None:
@@ -18,9 +21,9 @@ def main(params: Params, model: str) -> None:
     directory, facts = record.open(LAYOUT.root), (record.files, artifacts.digest(ids), params.scoring)
     journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, params.compute.threads, statistics.code())
     preflight.check([preflight.scoring_need(index, params.scoring)], LAYOUT.root)
-    original = models.load_streamed(directory, index)
+    load, engine = partial(models.load_streamed, directory, index), make_engine(params.compute)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
-        for tensor, found in statistics.gather(original, index, ids, params.scoring, progress, journal):
+        for tensor, found in statistics.gather(load, index, ids, params.scoring, progress, journal, engine):
             artifacts.write_statistics(target, tensor.name, found)
     journal.close()
 

@@ -186,7 +186,7 @@ def quantizable(checkpoint: Checkpoints, split: Callable[..., TokenizedSplit]) -
         original = models.load_original(directory, index)
         ids = split(family, seed=3).ids
         scoring = Scoring(tokens=512, batch_tokens=256)
-        gathered = {t.name: s for t, s in statistics.gather(original, index, ids, scoring, no_progress)}
+        gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, ids, scoring, no_progress)}
         files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
         record = artifacts.SourceRecord("path", str(directory), None, None, files)
         return quantize.Model(family, index, record, models.Checkpoint.open(directory, index), gathered.__getitem__)

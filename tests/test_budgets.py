@@ -22,7 +22,7 @@ def scored(directory: Path, ids: np.ndarray, tokens: int, scratch: Path) -> quan
     """A model with its statistics, as the stages `download` and `score` leave it."""
     index = models.describe(directory)
     original = models.load_original(directory, index)
-    for tensor, found in statistics.gather(original, index, ids, Scoring(tokens=tokens), no_progress):
+    for tensor, found in statistics.gather(lambda: original, index, ids, Scoring(tokens=tokens), no_progress):
         artifacts.write_statistics(scratch, tensor.name, found)
     record = artifacts.SourceRecord(source="embedded", directory=str(directory), id=None, revision=None, files={})
     checkpoint = models.Checkpoint.open(directory, index)

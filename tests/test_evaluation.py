@@ -21,10 +21,10 @@ from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.corpora import TokenizedSplit
 from nashswarm.evaluation import (
     Losses,
+    Original,
     measure,
     original_head,
     original_outputs,
-    outputs,
     paired_interval,
     paper_figures,
     paper_texts,
@@ -119,7 +119,7 @@ def short_of_eos(quantizable: Models, split: Splits) -> Callable[[object], np.nd
     def losses(eos: object) -> np.ndarray:
         original = load_original(model.checkpoint.directory, model.index)
         original.config.eos_token_id = eos
-        return outputs(original, texts, SETTINGS, CONTEXT, no_progress)[1]
+        return original_outputs(lambda: original, texts, SETTINGS, CONTEXT, no_progress).paper_losses
 
     return losses
 
@@ -146,7 +146,8 @@ def test_paper_losses_are_transformers_own(family: str, quantizable: Models, spl
     for row, seen in zip(torch.from_numpy(ids), torch.from_numpy(mask), strict=True):
         with torch.inference_mode():
             expected.append(float(model(row[None], attention_mask=seen[None], labels=row[None]).loss))
-    assert outputs(model, texts, SETTINGS, CONTEXT, no_progress)[1] == pytest.approx(expected, abs=6e-6)
+    found = original_outputs(lambda: model, texts, SETTINGS, CONTEXT, no_progress).paper_losses
+    assert found == pytest.approx(expected, abs=6e-6)
 
 
 def paper(**settings: Any) -> Evaluation:
@@ -208,8 +209,8 @@ def case(request: pytest.FixtureRequest, packed: PackedModels, quantizable: Mode
 
     def measured(which: Any, batch_tokens: int = SETTINGS.batch_tokens) -> Losses:
         settings = dataclasses.replace(SETTINGS, batch_tokens=batch_tokens)
-        baseline = original_outputs(original, texts, settings, CONTEXT, no_progress)
-        return measure(which, head, baseline, texts, settings, CONTEXT, no_progress)
+        baseline = original_outputs(lambda: original, texts, settings, CONTEXT, no_progress)
+        return measure(lambda: which, lambda: Original(head, baseline), texts, settings, CONTEXT, no_progress)
 
     return Case(original, quantized, texts, measured)
 
@@ -280,10 +281,10 @@ def test_a_rest_of_any_length_is_measured_alike(rest: int, quantizable: Models, 
     model = quantizable("gpt2")
     original = load_original(model.checkpoint.directory, model.index)
     texts = dataclasses.replace(split("gpt2"), ids=split("gpt2").ids[: 3 * CONTEXT + rest])
-    baseline = original_outputs(original, texts, SETTINGS, CONTEXT, no_progress)
+    baseline = original_outputs(lambda: original, texts, SETTINGS, CONTEXT, no_progress)
     assert len(baseline.hidden) == 3 * CONTEXT + (rest if rest > 1 else 0)
     head = original_head(model.checkpoint.directory, model.index)
-    losses = measure(original, head, baseline, texts, SETTINGS, CONTEXT, no_progress)
+    losses = measure(lambda: original, lambda: Original(head, baseline), texts, SETTINGS, CONTEXT, no_progress)
     assert losses.window_targets.tolist() == [CONTEXT - 1] * 3 + ([rest - 1] if rest > 1 else [])
     assert not losses.kl.any()
 
@@ -291,18 +292,11 @@ def test_a_rest_of_any_length_is_measured_alike(rest: int, quantizable: Models, 
 def test_measuring_leaves_gradients_as_they_were(quantizable: Models, split: Splits) -> None:
     model, texts = quantizable("gpt2"), split("gpt2")
     original = load_original(model.checkpoint.directory, model.index)
-    baseline = original_outputs(original, texts, SETTINGS, CONTEXT, no_progress)
+    baseline = original_outputs(lambda: original, texts, SETTINGS, CONTEXT, no_progress)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-    measure(
-        original,
-        original_head(model.checkpoint.directory, model.index),
-        baseline,
-        texts,
-        SETTINGS,
-        CONTEXT,
-        no_progress,
-    )
+    head = original_head(model.checkpoint.directory, model.index)
+    measure(lambda: original, lambda: Original(head, baseline), texts, SETTINGS, CONTEXT, no_progress)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
 
@@ -313,10 +307,11 @@ def test_hidden_states_make_the_models_logits(quantizable: Models, split: Splits
     head = original_head(model.checkpoint.directory, model.index)
     ids = split("opt").ids[: 2 * CONTEXT]
     settings = dataclasses.replace(SETTINGS, batch_tokens=2 * CONTEXT)
-    states, _ = outputs(original, dataclasses.replace(split("opt"), ids=ids), settings, CONTEXT, no_progress)
+    texts = dataclasses.replace(split("opt"), ids=ids)
+    hidden = original_outputs(lambda: original, texts, settings, CONTEXT, no_progress).hidden
     with torch.inference_mode():
         logits = original(torch.from_numpy(ids.astype(np.int64)).view(2, CONTEXT)).logits
-    assert torch.equal(torch.stack([head(s) for s in states]), logits)
+    assert torch.equal(head(torch.from_numpy(hidden).view(2, CONTEXT, -1)), logits)
 
 
 def test_compare_by_hand() -> None:

@@ -60,7 +60,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, tokenizers: Callable[[str], P
         found = {}
         if "allocator" in settings or codec == "gptq":
             original = models.load_original(root / "model", index)
-            found = {t.name: s for t, s in gather(original, index, ids, Scoring(512, 256), no_progress)}
+            found = {t.name: s for t, s in gather(lambda: original, index, ids, Scoring(512, 256), no_progress)}
         model = quantize.Model(family, index, record, checkpoint, found.get)
         given = settings if "allocator" in settings else {"allocator": "uniform", "bits": 4, **settings}
         method = parse_method("m", {"scope": scope, "codec": codec, **given})

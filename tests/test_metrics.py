@@ -113,10 +113,11 @@ def test_the_document_has_the_contracts_keys(
     made, model, texts = packed("gpt2", method), quantizable("gpt2"), split("gpt2")
     settings = Evaluation(context=CONTEXT, paper=PaperProtocol(texts=(3, 5), length=8))
     original = load_streamed(model.checkpoint.directory, model.index)
-    baseline = evaluation.original_outputs(original, texts, settings, CONTEXT, no_progress)
+    baseline = evaluation.original_outputs(lambda: original, texts, settings, CONTEXT, no_progress)
     quantized = load_for_evaluation(made.opened, model.checkpoint.directory, model.index)
     head = evaluation.original_head(model.checkpoint.directory, model.index)
-    losses = evaluation.measure(quantized, head, baseline, texts, settings, CONTEXT, no_progress)
+    beside = lambda: evaluation.Original(head, baseline)  # noqa: E731
+    losses = evaluation.measure(lambda: quantized, beside, texts, settings, CONTEXT, no_progress)
     document = json.loads(
         json.dumps(metrics.document(made.opened, model.index, {"tiny": losses}, settings), allow_nan=False)
     )

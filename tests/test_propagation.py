@@ -13,7 +13,7 @@ from conftest import CONTEXT, FAMILIES, VOCABULARY, Models
 from torch import Tensor
 
 from nashswarm.models import load_original
-from nashswarm.propagation import Aim, Propagation, _Sums
+from nashswarm.propagation import Aim, Propagation, Sums, products
 from nashswarm.types import NashSwarmError, TensorSpec
 
 FREQUENCY = 1 / np.arange(4, VOCABULARY + 4)
@@ -207,7 +207,7 @@ def test_a_blocks_output_comes_nearer(family: str, walk_of: Callable[..., Propag
             take(walk, last, exact)
         else:
             walk.aim(inside[0], weight_of(walk, inside[0]))  # enters the block, nothing else
-        outputs = [walk.run(0, n, hidden) for n, hidden in enumerate(walk._embedded())]
+        outputs = [walk.run(0, n, hidden) for n, hidden in enumerate(walk.embedded())]
         errors.append(sum(float((a - b).square().mean()) for a, b in zip(outputs, walk._outputs, strict=True)))
     assert errors[0] < 0.9 * errors[1]
 
@@ -281,11 +281,12 @@ def test_batches_do_not_matter(family: str, walk_of: Callable[..., Propagation])
 # --- how much is believed ------------------------------------------------------------------------------------------
 
 
-def sums_of(x: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor) -> _Sums:
+def sums_of(x: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor) -> Sums:
     """Every other window, [windows, context, ...], in the other fold."""
-    sums = _Sums()
+    sums = Sums()
     for fold in (0, 1):
-        sums.add(fold, x[fold::2], original[fold::2], None if lacking is None else lacking[fold::2], weight)
+        rest = None if lacking is None else lacking[fold::2]
+        sums.add(fold, products(x[fold::2], original[fold::2], rest, weight))
     return sums
 
 

@@ -223,7 +223,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Model:
     index = models.describe(directory)
     scoring = Scoring(tokens=2048, batch_tokens=1024)
     original = models.load_original(directory, index)
-    gathered = {t.name: s for t, s in statistics.gather(original, index, calibration(), scoring, no_progress)}
+    gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, calibration(), scoring, no_progress)}
     files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
     record = artifacts.SourceRecord("path", str(directory), None, None, files)
     return Model("larger", index, record, models.Checkpoint.open(directory, index), gathered.__getitem__)
@@ -332,15 +332,13 @@ def test_reserve_is_kept_and_corrections_are_bounded(larger: Model, bought: Call
     course = Course(Plain(larger), allocation, reserve=0.02 * total(allocation))
     list(quantize.encode(larger, coded(3.0), allocation, course, no_progress))
     assert abs(sum(course.sizes.values()) / (0.98 * total(allocation)) - 1) < 0.004
-    spec = larger.index.tensors[2]
-    job = Job(spec, larger.checkpoint.tensor(spec), allocation.choices[spec.name])
-    steps = []
+    name = larger.index.tensors[2].name
+    choice, steps = allocation.choices[name], []
     for factor in (0.01, 100.0):
-        choice = Course(Plain(larger), resized(allocation, factor), reserve=total(allocation) / factor).job(job).choice
-        steps.append((choice.step or 0) - (job.choice.step or 0))
+        course = Course(Plain(larger), resized(allocation, factor), reserve=total(allocation) / factor)
+        steps.append((course.steered(name, choice).step or 0) - (choice.step or 0))
     assert max(map(abs, steps)) == pytest.approx(quantize.STEERING)
-    unsteered = Course(Plain(larger), resized(allocation, 0.5), steer=False).job(job)
-    assert unsteered.choice.step == job.choice.step
+    assert Course(Plain(larger), resized(allocation, 0.5), steer=False).steered(name, choice) == choice
 
 
 @pytest.mark.parametrize("factor", [0.98, 1.02])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ Splits = Callable[..., TokenizedSplit]
 
 def run(directory: Path, ids: np.ndarray, scoring: Scoring = SCORING) -> dict[str, Statistics]:
     index = describe(directory)
-    found = gather(load_streamed(directory, index), index, ids, scoring, no_progress)
+    found = gather(partial(load_streamed, directory, index), index, ids, scoring, no_progress)
     return {tensor.name: statistics for tensor, statistics in found}
 
 
@@ -185,7 +186,7 @@ def test_the_model_is_left_as_it_was(family: str, checkpoint: Checkpoints, split
     ids = torch.from_numpy(split(family).ids[:CONTEXT].astype(np.int64))[None]
     with torch.no_grad():
         before = model(ids).logits
-    list(gather(model, index, split(family).ids, SCORING, no_progress))
+    list(gather(lambda: model, index, split(family).ids, SCORING, no_progress))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -210,7 +211,7 @@ def test_a_matrix_that_never_ran_is_named(checkpoint: Checkpoints, split: Splits
     block = model.get_submodule("model.layers.1.mlp")
     monkeypatch.setattr(block, "forward", lambda x: x)
     with pytest.raises(NashSwarmError, match=r"model\.layers\.1\.mlp\.\w+\.weight: no statistics were gathered"):
-        list(gather(model, index, split("llama").ids, SCORING, no_progress))
+        list(gather(lambda: model, index, split("llama").ids, SCORING, no_progress))
 
 
 # --- interrupted runs ----------------------------------------------------------------------------------------------
@@ -229,12 +230,12 @@ def test_an_interrupted_run_goes_on_behind_its_finished_steps(
     block = stats._Run.block
     monkeypatch.setattr(stats._Run, "block", lambda self, at, *rest: (runs.append(at), block(self, at, *rest))[1])
     journal = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
-    first = gather(load_streamed(directory, index), index, ids, scoring, no_progress, journal)
+    first = gather(partial(load_streamed, directory, index), index, ids, scoring, no_progress, journal)
     for _ in range(taken):
         next(first, None)
     first.close()
     again = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
-    found = dict(gather(load_streamed(directory, index), index, ids, scoring, no_progress, again))
+    found = dict(gather(partial(load_streamed, directory, index), index, ids, scoring, no_progress, again))
     assert sorted(runs) == [0, 1]  # each block once, in whichever of the two runs
     assert {tensor.name for tensor in found} == expected.keys()
     for tensor, one in found.items():

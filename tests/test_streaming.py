@@ -89,9 +89,9 @@ def test_evaluation_holds_one_block(
 def test_statistics_are_the_originals(family: str, quantizable: Models, most: Callable[[], int]) -> None:
     model = quantizable(family)
     streamed, original = both(model)
-    found = {t.name: s for t, s in gather(streamed, model.index, IDS, SCORING, no_progress)}
+    found = {t.name: s for t, s in gather(lambda: streamed, model.index, IDS, SCORING, no_progress)}
     assert most() == 1
-    for tensor, expected in gather(original, model.index, IDS, SCORING, no_progress):
+    for tensor, expected in gather(lambda: original, model.index, IDS, SCORING, no_progress):
         for field in expected.__dataclass_fields__:
             one, other = getattr(found[tensor.name], field), getattr(expected, field)
             assert (one is None and other is None) or np.array_equal(one, other), (tensor.name, field)

@@ -21,36 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class Blocks:
-    """A float32 model, its blocks, and the calibration windows on which they run.
-
-    `calls` holds, for each batch of windows, what a block is called with beside hidden states; whoever first runs the
-    model fills it.
-    """
+    """A float32 model, its blocks, and the calibration windows on which they run."""
 
     model: PreTrainedModel
     index: ModelIndex
     windows: Tensor  # int64 [windows, context]
     batch: int  # windows per pass
     blocks: nn.ModuleList
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    _calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # beside hidden states
+    _held: int | None = None  # the block that `enter` holds
 
     @classmethod
     def prepare(
         cls, model: PreTrainedModel, index: ModelIndex, ids: np.ndarray, tokens: int, batch_tokens: int
     ) -> Self:
-        """Cut at most `tokens` of `ids`, int32, into whole windows, at least one. Raises InputError for too few."""
-        context = min(index.context, 1024)
-        count = min(ids.size, tokens) // context or min(1, ids.size // context)
-        if not count:
-            raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")
-        windows = torch.from_numpy(ids[: count * context].astype(np.int64)).view(count, context)
+        """Take the model apart; windows as `calibration_windows` cuts them."""
+        windows, batch = calibration_windows(index, ids, tokens, batch_tokens)
         blocks = model.get_submodule(block_path(model))
         assert isinstance(blocks, nn.ModuleList)
-        return cls(model, index, windows, max(1, batch_tokens // context), blocks)
+        return cls(model, index, windows, batch, blocks)
 
     def batches(self) -> list[slice]:
         """Of windows."""
-        return [slice(i, i + self.batch) for i in range(0, len(self.windows), self.batch)]
+        return batches_of(len(self.windows), self.batch)
 
     def hold(self, layer: int) -> None:
         """Keep a block's weights in memory until `drop`, where the model is one whose blocks are streamed."""
@@ -62,10 +55,33 @@ class Blocks:
         if weights := _streamed(self.blocks[layer]):
             weights.drop()
 
+    def enter(self, layer: int | None) -> None:
+        """Hold this block and no other."""
+        if not self._calls:
+            self.embedded()
+        if layer != self._held:
+            if self._held is not None:
+                self.drop(self._held)
+            if layer is not None:
+                self.hold(layer)
+            self._held = layer
+
     def run(self, layer: int, number: int, hidden: Tensor) -> Tensor:
         """The output of a block for batch `number`: [windows, context, width] -> the same."""
-        arguments, keywords = self.calls[number]
+        arguments, keywords = self._calls[number]
         return _first(self.blocks[layer](hidden, *arguments, **keywords))
+
+    @torch.no_grad()
+    def embedded(self) -> list[Tensor]:
+        """What the first block is given for each batch; what else blocks are called with is kept."""
+        found, self._calls = [], []
+        for batch in self.batches():
+            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
+            assert call is not None
+            (hidden, *others), keywords = call
+            self._calls.append((tuple(others), keywords))
+            found.append(hidden.clone())
+        return found
 
     def name_of(self, module: nn.Module) -> str:
         """The canonical name of a module's weight."""
@@ -79,6 +95,24 @@ class Blocks:
     def names(self) -> dict[int, str]:
         """Identity of each matrix -> its name."""
         return {id(self.model.get_parameter(t.name)): t.name for t in self.index.tensors}
+
+
+def calibration_windows(index: ModelIndex, ids: np.ndarray, tokens: int, batch_tokens: int) -> tuple[Tensor, int]:
+    """At most `tokens` of `ids`, int32, as whole windows, int64 [windows, context], at least one; windows per pass.
+
+    Raises InputError for too few.
+    """
+    context = min(index.context, 1024)
+    count = min(ids.size, tokens) // context or min(1, ids.size // context)
+    if not count:
+        raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")
+    windows = torch.from_numpy(ids[: count * context].astype(np.int64)).view(count, context)
+    return windows, max(1, batch_tokens // context)
+
+
+def batches_of(windows: int, batch: int) -> list[slice]:
+    """Slices of `batch` windows, the last one of what is left."""
+    return [slice(i, i + batch) for i in range(0, windows, batch)]
 
 
 def outputs_by_block(

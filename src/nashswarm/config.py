@@ -29,6 +29,7 @@ T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 METHOD_KEYS = ("codec", "scope", "accounting", "importance", "allocator")
 BENCHMARKS = ("kernels", "decode", "packing", "quantization")
+ENGINES = ("local", "ray")
 HEAD = 64  # width of the heads of models that are benchmarked by LAYERSxWIDTH
 BENCHMARK_FOLDER = "benchmarks"  # in metrics, beside those of the models
 
@@ -212,10 +213,16 @@ class Benchmark:
 class Compute:
     """Where it runs. Not part of what makes results stale, but late digits follow the number of threads."""
 
-    threads: int = 2
+    threads: int = 2  # of each task
+    engine: str = "local"  # of ENGINES
+    address: str | None = None  # of a Ray cluster, "auto" for the one of this machine; None starts one
 
     def __post_init__(self) -> None:
         _at_least("threads", self.threads, 1)
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: '{self.engine}' is unknown{_suggest(self.engine, ENGINES)}")
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(f"address: only engine 'ray' has one, and engine is '{self.engine}'; remove it, or change")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,10 +48,10 @@ def quantize_directory(
         files = {name: artifacts.sha256_file(source / name) for name in models.checkpoint_files(source)}
         facts = (files, artifacts.digest(ids), scoring, torch.get_num_threads(), statistics.code())
         journal = artifacts.Journal.of(output.absolute().parent, f".{output.name}.score", *facts)
-        original = models.load_streamed(source, index)
-        for tensor, found in statistics.gather(original, index, ids, scoring, progress, journal):
+        load = partial(models.load_streamed, source, index)
+        for tensor, found in statistics.gather(load, index, ids, scoring, progress, journal):
             artifacts.write_statistics(scores, tensor.name, found)
-        model = quantize.Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(scores, t))
+        model = quantize.Model(name, index, record, checkpoint, partial(artifacts.read_statistics, scores))
         packed, allocation = target / "packed", quantize.allocate(model, method, progress)
         place = output.absolute().parent, f".{output.name}.pack"
         finished = quantize.open_journal(*place, method, allocation, ids, files, scores)

@@ -11,8 +11,9 @@ than logits, from which the head makes the logits again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm.blocks import outputs_by_block
+from nashswarm.blocks import batches_of, outputs_by_block
 from nashswarm.config import Evaluation, PaperProtocol
+from nashswarm.engine import LOCAL, Engine
 from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
 from nashswarm.models import Checkpoint
 from nashswarm.types import InputError, ModelIndex, Progress, TokenizedSplit
@@ -86,30 +88,164 @@ def paper_texts(split: TokenizedSplit, protocol: PaperProtocol, pad: int) -> tup
 # --- running a model -----------------------------------------------------------------------------------------------
 
 
-def outputs(
-    model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
-) -> tuple[list[Tensor], np.ndarray]:
-    """What both protocols need, in one pass over the model's blocks.
+@dataclass(frozen=True)
+class _Reader:
+    """A model and what it is to read, in batches: windows of the standard protocol, then the paper's texts."""
 
-    Arguments: `context`, tokens per window. Returns the states before the head of each window, float32 [window, width],
-    and the mean loss of each text by the paper's protocol, float64 [texts], nats.
-    """
-    in_windows = _window_batches(split.ids, context, settings.batch_tokens)
-    texts = paper_texts(split, settings.paper, _first(model.config.eos_token_id))
-    size = max(1, settings.batch_tokens // settings.paper.length)
-    in_texts = [
-        {"input_ids": ids, "attention_mask": mask}
-        for ids, mask in zip(*(torch.split(torch.from_numpy(rows), size) for rows in texts), strict=True)
-    ]
-    states = outputs_by_block(model, in_windows + in_texts, progress)
-    head, count = model.get_output_embeddings(), len(in_windows)
-    with torch.inference_mode():
-        losses = [
-            _text_loss(head(hidden), ids)
-            for batch, given in zip(states[count:], in_texts, strict=True)
-            for hidden, ids in zip(batch, given["input_ids"], strict=True)
+    model: PreTrainedModel
+    batches: list[dict[str, Tensor]]  # the model's arguments, int64 [windows or texts, tokens]
+    count: int  # of the batches, those of windows
+    original: Original | None
+
+    @classmethod
+    def open(
+        cls,
+        load: Callable[[], PreTrainedModel],
+        split: TokenizedSplit,
+        settings: Evaluation,
+        context: int,
+        original: Callable[[], Original] | None = None,
+    ) -> _Reader:
+        model, in_windows = load(), _window_batches(split.ids, context, settings.batch_tokens)
+        texts = paper_texts(split, settings.paper, _first(model.config.eos_token_id))
+        size = max(1, settings.batch_tokens // settings.paper.length)
+        in_texts = [
+            {"input_ids": ids, "attention_mask": mask}
+            for ids, mask in zip(*(torch.split(torch.from_numpy(rows), size) for rows in texts), strict=True)
         ]
-    return [window for batch in states[:count] for window in batch], np.array(losses)
+        return cls(model, in_windows + in_texts, len(in_windows), original() if original else None)
+
+    def read(self, own: slice, progress: Progress) -> _Read:
+        """Some of the batches, one block of the model at a time."""
+        batches = self.batches[own]
+        states = outputs_by_block(self.model, batches, progress)
+        count = min(max(self.count - own.start, 0), len(batches))
+        head = self.model.get_output_embeddings()
+        with torch.inference_mode():
+            losses = [
+                _text_loss(head(hidden), ids)
+                for batch, given in zip(states[count:], batches[count:], strict=True)
+                for hidden, ids in zip(batch, given["input_ids"], strict=True)
+            ]
+        windows = [ids for given in batches[:count] for ids in given["input_ids"]]
+        start = sum(given["input_ids"].numel() for given in self.batches[: min(own.start, self.count)])
+        return _Read(windows, [window for batch in states[:count] for window in batch], start, losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    windows: list[Tensor]  # int64 [tokens]
+    states: list[Tensor]  # before the head, float32 [tokens, width]
+    start: int  # tokens of the windows before these
+    text_losses: list[float]  # nats, by the paper's protocol, mean over a text
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What a model is compared with."""
+
+    head: Callable[[Tensor], Tensor]  # hidden states [n, width] -> logits [n, vocabulary]
+    baseline: Baseline
+
+
+def open_original(directory: Path, index: ModelIndex, baseline: Callable[[], Baseline]) -> Original:
+    """The original model's last step, from its checkpoint, and what it says."""
+    return Original(original_head(directory, index), baseline())
+
+
+def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
+    """Hidden states [n, width] -> logits [n, vocabulary]."""
+    weight = Checkpoint.open(directory, index).read(index.head).clone()
+    return lambda hidden: functional.linear(hidden, weight)
+
+
+def original_outputs(
+    load: Callable[[], PreTrainedModel],
+    split: TokenizedSplit,
+    settings: Evaluation,
+    context: int,
+    progress: Progress,
+    engine: Engine = LOCAL,
+) -> Baseline:
+    """Run the original model once. Arguments: `load` makes it, on each worker; `context`, tokens per window."""
+    shared = engine.share(partial(_Reader.open, load, split, settings, context))
+    parts = list(_spread(_said, shared, engine, progress))
+    return Baseline(np.concatenate([hidden for hidden, _ in parts]), np.concatenate([texts for _, texts in parts]))
+
+
+def _said(reader: _Reader, own: slice, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    read, width = reader.read(own, progress), reader.model.get_output_embeddings().weight.shape[1]
+    return torch.cat([*read.states, torch.empty(0, width)]).numpy(), np.array(read.text_losses)
+
+
+def measure(
+    load: Callable[[], PreTrainedModel],
+    original: Callable[[], Original],
+    split: TokenizedSplit,
+    settings: Evaluation,
+    context: int,
+    progress: Progress,
+    engine: Engine = LOCAL,
+) -> Losses:
+    """Run a model and compare. Arguments: `load` and `original` make the two on each worker; else as above."""
+    shared = engine.share(partial(_Reader.open, load, split, settings, context, original))
+    parts = list(_spread(_compared, shared, engine, progress))
+    rows = [row for part in parts for row in part.rows]
+    losses, original_losses, counts = (np.array(column) for column in zip(*rows, strict=True))
+    return Losses(
+        window_losses=losses,
+        window_targets=counts.astype(np.int64),
+        original_window_losses=original_losses,
+        kl=np.concatenate([kl for part in parts for kl in part.kls]),
+        agreement=sum(part.agreed for part in parts) / int(counts.sum()),
+        paper_losses=np.array([loss for part in parts for loss in part.text_losses]),
+        original_paper_losses=parts[0].original_text_losses,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    rows: list[tuple[float, float, int]]  # of each window: its loss, the original's, targets
+    kls: list[np.ndarray]
+    agreed: int
+    text_losses: list[float]
+    original_text_losses: np.ndarray
+
+
+def _compared(reader: _Reader, own: slice, progress: Progress) -> _Compared:
+    assert reader.original is not None
+    read, own_head = reader.read(own, progress), reader.model.get_output_embeddings()
+    head, baseline = reader.original.head, reader.original.baseline
+    rows, kls, agreed, start = [], [], 0, read.start
+    for window, said in zip(progress(read.windows, "windows"), read.states, strict=True):
+        # Copied to memory that torch aligns: a product of few rows rounds otherwise by the alignment of its operands.
+        original = torch.from_numpy(baseline.hidden[start : start + len(window)]).clone()
+        start += len(window)
+        with torch.inference_mode():
+            hidden = said.clone()
+            loss, kl, same, original_loss = _compare(own_head(hidden[:-1]), head(original[:-1]), window[1:])
+        rows.append((loss, original_loss, len(window) - 1))
+        kls.append(kl)
+        agreed += same
+    return _Compared(rows, kls, agreed, read.text_losses, baseline.paper_losses)
+
+
+def _spread(function: Callable[..., Any], shared: Any, engine: Engine, progress: Progress) -> Iterator[Any]:
+    """A share of the batches for each worker; one worker shows how far it is itself."""
+    (count,) = engine.map(_count, shared, [()])
+    shares = batches_of(count, -(-count // engine.slots))
+    if len(shares) == 1:
+        return engine.map(function, shared, [(shares[0], progress)])
+    found = engine.map(function, shared, ((own, _silent) for own in shares))
+    return (part for _, part in zip(progress(shares, "shares of the text"), found, strict=True))
+
+
+def _count(reader: _Reader) -> int:
+    return len(reader.batches)
+
+
+def _silent(items: Sequence[Any], _: str) -> Sequence[Any]:
+    return items
 
 
 def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[dict[str, Tensor]]:
@@ -124,57 +260,6 @@ def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[di
 def _text_loss(logits: Tensor, ids: Tensor) -> float:
     """Mean over all positions but the first: float32 [length, vocabulary], int64 [length] -> nats."""
     return functional.cross_entropy(logits[:-1].double(), ids[1:]).item()
-
-
-def original_outputs(
-    model: PreTrainedModel, split: TokenizedSplit, settings: Evaluation, context: int, progress: Progress
-) -> Baseline:
-    """Run the original model once. Arguments: `context`, tokens per window."""
-    hidden, texts = outputs(model, split, settings, context, progress)
-    return Baseline(torch.cat(hidden).numpy(), texts)
-
-
-def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
-    """The original model's last step, hidden states [n, width] -> logits [n, vocabulary]."""
-    weight = Checkpoint.open(directory, index).read(index.head).clone()
-    return lambda hidden: functional.linear(hidden, weight)
-
-
-def measure(
-    model: PreTrainedModel,
-    head: Callable[[Tensor], Tensor],
-    baseline: Baseline,
-    split: TokenizedSplit,
-    settings: Evaluation,
-    context: int,
-    progress: Progress,
-) -> Losses:
-    """Run a model and compare. Arguments: `head`, the original model's, to make its logits from `baseline.hidden`."""
-    cut = windows(split.ids, context)
-    states, texts = outputs(model, split, settings, context, progress)
-    own_head = model.get_output_embeddings()
-    rows, kls, agreed, start = [], [], 0, 0
-    for window, own in zip(progress(cut, "windows"), states, strict=True):
-        targets = torch.from_numpy(window[1:].astype(np.int64))
-        # Copied to memory that torch aligns: a product of few rows rounds otherwise by the alignment of its operands.
-        original = torch.from_numpy(baseline.hidden[start : start + window.size]).clone()
-        start += window.size
-        with torch.inference_mode():
-            quantized = own.clone()
-            loss, kl, same, original_loss = _compare(own_head(quantized[:-1]), head(original[:-1]), targets)
-        rows.append((loss, original_loss, len(targets)))
-        kls.append(kl)
-        agreed += same
-    losses, original_losses, counts = (np.array(column) for column in zip(*rows, strict=True))
-    return Losses(
-        window_losses=losses,
-        window_targets=counts.astype(np.int64),
-        original_window_losses=original_losses,
-        kl=np.concatenate(kls),
-        agreement=agreed / int(counts.sum()),
-        paper_losses=texts,
-        original_paper_losses=baseline.paper_losses,
-    )
 
 
 def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, np.ndarray, int, float]:

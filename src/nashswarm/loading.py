@@ -91,6 +91,11 @@ def load_for_evaluation(packed: PackedModel, original: Path, index: ModelIndex) 
     return load_streamed(packed.directory, index, partial(_stored, packed, {t.name: t.kind for t in index.tensors}))
 
 
+def open_for_evaluation(directory: Path, original: Path, index: ModelIndex) -> PreTrainedModel:
+    """As `load_for_evaluation`, of a packed directory."""
+    return load_for_evaluation(open_packed(directory), original, index)
+
+
 def _stored(packed: PackedModel, kinds: Mapping[str, str], name: str) -> Tensor:
     """A parameter as the model stores it."""
     if name in packed.vectors:

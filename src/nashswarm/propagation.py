@@ -51,6 +51,8 @@ class Aim:
 class Propagation(Blocks):
     """Two streams of hidden states through one model: the original's, and the one behind what was quantized."""
 
+    first: int = 0  # number of the first batch, where these windows are a part of more
+    probe: Tensor | None = None  # int64 [1, context], by which the order of matrices is seen; None: the first window
     original: list[Tensor] = field(default_factory=list)  # for each batch, float32 [windows, context, width]
     quantized: list[Tensor] = field(default_factory=list)
     sequence: list[str] = field(default_factory=list)  # the matrices that multiply, as the model runs them
@@ -59,7 +61,7 @@ class Propagation(Blocks):
     _inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, of the present block
     _streams: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, to which a writer adds
     _outputs: list[Tensor] = field(default_factory=list)  # the original's, of the present block
-    _sums: tuple[Tensor, _Sums] | None = None  # of those matrices that share their inputs
+    _sums: tuple[str, Sums] | None = None  # of those matrices that share their inputs, and the first of them
     _means: dict[str, Tensor] = field(default_factory=dict)  # of inputs, where a bias can follow
     _aims: dict[str, Tensor] = field(default_factory=dict)
     _settled: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of this block: batch -> a matrix' outputs
@@ -67,12 +69,12 @@ class Propagation(Blocks):
     @torch.no_grad()
     def start(self) -> None:
         """Run the original up to its first block, and once through, to see in which order matrices are used."""
-        self.original = self._embedded(self.calls)
+        self.original = self.embedded()
         with ExitStack() as hooks:
             for module in filter(is_projection, self.model.modules()):
                 name = self.name_of(module)
                 hooks.enter_context(_before(module, partial(lambda at, _: self.sequence.append(at), name)))
-            self.model(self.windows[:1], use_cache=False)
+            self.model(self.windows[:1] if self.probe is None else self.probe, use_cache=False)
         self._once = {name for name, calls in Counter(self.sequence).items() if calls == 1}
         self.sequence = list(dict.fromkeys(self.sequence))
 
@@ -88,19 +90,46 @@ class Propagation(Blocks):
     @torch.no_grad()
     def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim:
         """Where to round a matrix to. Arguments: `weight`, the original's, float32 [out, in]."""
-        if tensor.name not in self.sequence or (tensor.layer is None and not self._is_own_head(tensor)):
+        if not self.reaches(tensor):
             return Aim(weight)
+        source = self.source(tensor)
+        if self._sums and self._sums[0] == source:
+            sums = self._sums[1]
+        else:
+            sums = Sums()
+            for found in self.compare(tensor, weight):
+                if found is None:
+                    return Aim(weight)
+                sums.add(*found)
+            self._sums = source or tensor.name, sums
+        correction = sums.correction(weight, self.has_bias(tensor))
+        self.adopt(tensor, correction)
+        return correction.aim
+
+    def reaches(self, tensor: TensorSpec) -> bool:
+        """Whether a matrix multiplies what matrices before it made."""
+        return tensor.name in self.sequence and (tensor.layer is not None or self._is_own_head(tensor))
+
+    @torch.no_grad()
+    def source(self, tensor: TensorSpec) -> str | None:
+        """The first matrix that has its inputs, and hence its sums: queries, keys and values. None for a writer."""
         self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
-        sums = self._compare(tensor, weight)
-        if sums is None:
-            return Aim(weight)
+        own = self._inputs[tensor.name][:1]
+        if tensor.name in self._streams or not own:
+            return None
+        return next(name for name, inputs in self._inputs.items() if inputs and inputs[0] is own[0])
+
+    def has_bias(self, tensor: TensorSpec) -> bool:
+        """Whether a bias can follow the matrix."""
+        return self._bias(tensor.name) is not None
+
+    def adopt(self, tensor: TensorSpec, correction: Correction) -> None:
+        """Move the bias with the aim, and remember what it takes to follow the rounding error."""
         bias = self._bias(tensor.name)
-        correction, shift = sums.solve(weight, bias is not None)
         if bias is not None:
-            bias += shift.float()
-            self._means[tensor.name] = sums.mean().float()
-        self._aims[tensor.name] = weight + correction.float()
-        return Aim(self._aims[tensor.name], sums.moment(bias is not None).float().numpy())
+            bias += correction.shift
+            self._means[tensor.name] = correction.mean
+        self._aims[tensor.name] = correction.aim.weight
 
     @torch.no_grad()
     def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> np.ndarray | None:
@@ -137,24 +166,12 @@ class Propagation(Blocks):
 
     # --- streams ---------------------------------------------------------------------------------------------------
 
-    def _embedded(self, calls: list[Any] | None = None) -> list[Tensor]:
-        """What the first block is given; `calls` keeps what else it is called with."""
-        found = []
-        for batch in self.batches():
-            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
-            assert call is not None
-            (hidden, *others), keywords = call
-            found.append(hidden.clone())
-            if calls is not None:
-                calls.append((tuple(others), keywords))
-        return found
-
     def _enter(self, layer: int) -> None:
         """Bring both streams to a block's input, and keep what the original makes of it."""
         if layer == self._layer:
             return
         if self._layer is None:
-            self.quantized, self._layer = self._embedded(), -1
+            self.quantized, self._layer = self.embedded(), -1
         while self._layer < layer:
             if self._layer >= 0:
                 if not self._outputs:
@@ -207,24 +224,28 @@ class Propagation(Blocks):
         width = self.original[0].shape[-1]
         return [n for n in self.sequence if n in last.values() and known[n].shape[0] == width]
 
-    def _compare(self, tensor: TensorSpec, weight: Tensor) -> _Sums | None:
-        """Sums over both streams' inputs of a matrix; None where they are not the same tokens (routed experts)."""
+    @torch.no_grad()
+    def compare(self, tensor: TensorSpec, weight: Tensor) -> Iterator[tuple[int, Products] | None]:
+        """Fold and products of both streams' inputs of a matrix, batch by batch.
+
+        None, and nothing more, where they are not the same tokens (routed experts).
+        """
+        self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
         name, originals = tensor.name, self._inputs[tensor.name]
         if len(originals) != len(self.quantized):
-            return None
-        if self._sums and self._sums[0] is originals[0] and name not in self._streams:
-            return self._sums[1]  # queries, keys and values have one input
-        sums = _Sums()
+            yield None
+            return
         for number, original in enumerate(originals):
             now, stream = self._reach(tensor, number)
             if now is None or now.shape != original.shape or original.shape[:2] != self.quantized[number].shape[:2]:
-                return None
+                yield None
+                return
             lacking = self._streams[name][number] - stream if stream is not None else None
             for fold in (0, 1):
-                own = slice((fold - number * self.batch) % 2, None, 2)  # windows in turn
-                sums.add(fold, now[own], original[own], None if lacking is None else lacking[own], weight)
-        self._sums = originals[0], sums
-        return sums
+                own = slice((fold - (self.first + number) * self.batch) % 2, None, 2)  # windows in turn
+                found = products(now[own], original[own], None if lacking is None else lacking[own], weight)
+                if found:
+                    yield fold, found
 
     def _reach(self, tensor: TensorSpec, number: int) -> tuple[Tensor | None, Tensor | None]:
         """The inputs that a matrix gets now, if it is run, and the stream that it adds to, if it does."""
@@ -270,32 +291,54 @@ class Propagation(Blocks):
         return bias.data if isinstance(bias, Tensor) else None
 
 
+Products = dict[str, Tensor]  # sums over tokens of x', of x - x' or the target t, and of their products with x'
+
+
+def products(now: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor) -> Products:
+    """x' [windows, context, in], x, what the stream lacks [windows, context, width], W [out, in] -> float32.
+
+    A writer's product with its target is formed at once, [in, out]; others may share x - x', [in, in].
+    """
+    x = now.reshape(-1, now.shape[-1])
+    if not len(x):
+        return {}
+    gone = (original - now).reshape(x.shape)
+    found = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x}
+    if lacking is None:
+        return found | {"gone": gone.sum(0), "x gone": x.T @ gone}
+    target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.T)
+    return found | {"target": target.sum(0), "x target": x.T @ target}
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """An aim, what it adds to the bias, float32 [out], and the mean of the inputs, float32 [in]."""
+
+    aim: Aim
+    shift: Tensor
+    mean: Tensor
+
+
 @dataclass
-class _Sums:
-    """For two folds of windows, sums over tokens of x', of x - x' or the target t, and of their products with x'."""
+class Sums:
+    """Products of two folds of windows, added up in float64."""
 
-    folds: list[dict[str, Tensor]] = field(default_factory=lambda: [{}, {}])
+    folds: list[Products] = field(default_factory=lambda: [{}, {}])
 
-    def add(self, fold: int, now: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor) -> None:
-        """x' [windows, context, in], x, what the stream lacks [windows, context, width], W [out, in].
-
-        A writer's product with its target is formed at once, [in, out]; others may share x - x', [in, in].
-        """
-        x = now.reshape(-1, now.shape[-1])
-        if not len(x):
-            return
-        gone = (original - now).reshape(x.shape)
-        new = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x}
-        if lacking is None:
-            new |= {"gone": gone.sum(0), "x gone": x.T @ gone}
-        else:
-            target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.T)
-            new |= {"target": target.sum(0), "x target": x.T @ target}
+    def add(self, fold: int, found: Products) -> None:
+        """What a batch gave."""
         sums = self.folds[fold]
-        for key, value in new.items():
+        for key, value in found.items():
             sums[key] = sums[key].add_(value) if key in sums else value.double()
 
-    def total(self) -> dict[str, Tensor]:
+    def correction(self, weight: Tensor, centered: bool) -> Correction:
+        """Where to round a matrix to. Arguments: `weight`, the original's; `centered`, whether a bias can follow."""
+        added, shift = self.solve(weight, centered)
+        aim = Aim(weight + added.float(), self.moment(centered).float().numpy())
+        return Correction(aim, shift.float(), self.mean().float())
+
+    def total(self) -> Products:
+        """Of both folds."""
         first, second = self.folds
         return {key: first[key] + second[key] for key in first} if second else first
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,16 @@ from torch import Tensor
 from nashswarm import artifacts, packed
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Method, load_room
+from nashswarm.engine import LOCAL, Engine, Ray
 from nashswarm.models import Checkpoint, load_streamed
 from nashswarm.packed import Provenance, write_packed
 from nashswarm.propagation import Aim, Propagation
 from nashswarm.recipes import KEPT, method_document, method_files
 from nashswarm.resume import BIAS, Finished, keep_misses, misses
+from nashswarm.sharding import ShardedPropagation
 from nashswarm.types import (
     Allocation,
+    Candidates,
     Choice,
     Job,
     ModelIndex,
@@ -65,27 +68,34 @@ def open_model(layout: artifacts.Layout, name: str) -> Model:
     download = layout.download(name)
     record, index = artifacts.read_source(download), artifacts.read_index(download)
     checkpoint = Checkpoint.open(record.open(layout.root), index)
-    return Model(name, index, record, checkpoint, lambda t: artifacts.read_statistics(layout.scores(name), t))
+    return Model(name, index, record, checkpoint, partial(artifacts.read_statistics, layout.scores(name)))
 
 
-def allocate(model: Model, method: Method, progress: Progress) -> Allocation:
+def allocate(model: Model, method: Method, progress: Progress, engine: Engine = LOCAL) -> Allocation:
     """Ask the method's allocator for the bits of every tensor in the method's scope."""
-    allocator, codec = load_room("allocators", method.allocator), load_room("codecs", method.codec)
+    allocator = load_room("allocators", method.allocator)
     scope = model.index.scope(method.scope)
     tensors = progress(scope, "allocate")
     if allocator.BUYS == "candidates":
-
-        def offer(tensor: TensorSpec) -> Offer:
-            return Offer(tensor, candidates=codec.offer(_job(model, tensor, method, Choice()), method.codec_settings))
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # much of it is numpy, which uses one core
-            offers = [found for _, found in zip(tensors, pool.map(offer, scope), strict=True)]
-        return _buy(model, method, offers)
+        found = engine.map(_candidates, engine.share(partial(_same, model)), ((t, method) for t in scope), True)
+        offers = [Offer(tensor, candidates=own) for tensor, own in zip(tensors, found, strict=True)]
+        return _buy(model, method, offers, engine)
     with_importance = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
     return allocator.allocate(with_importance, method.allocator_settings)  # type: ignore[no-any-return]
 
 
-def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
+def _same(model: Model) -> Model:
+    return model
+
+
+def _candidates(model: Model, tensor: TensorSpec, method: Method) -> Candidates:
+    found: Candidates = load_room("codecs", method.codec).offer(
+        _job(model, tensor, method, Choice()), method.codec_settings
+    )
+    return found
+
+
+def _buy(model: Model, method: Method, offers: list[Offer], engine: Engine) -> Allocation:
     """Allocate, write the packed files, compare their bytes with the budget, correct the estimate by the difference.
 
     Candidates count bytes before feedback and without what the model as a whole adds; both are nearly constant. Where
@@ -106,7 +116,7 @@ def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
     best, most = None, -1
     for _ in range(BUYING_ROUNDS):
         allocation = buy(overhead)
-        bought, sizes = _trial(model, method, allocation)
+        bought, sizes = _trial(model, method, allocation, engine)
         logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
         if asked is None or 0 <= asked - bought <= CLOSE * asked:
             return _sized(dataclasses.replace(allocation, bought_bytes=bought), sizes)
@@ -123,7 +133,7 @@ def _buy(model: Model, method: Method, offers: list[Offer]) -> Allocation:
     return dataclasses.replace(best, bought_bytes=most)
 
 
-def _trial(model: Model, method: Method, allocation: Allocation) -> tuple[int, dict[str, float]]:
+def _trial(model: Model, method: Method, allocation: Allocation, engine: Engine) -> tuple[int, dict[str, float]]:
     """Bytes of the packed model, by writing it; and of each matrix' codes, where its codec rounds before it codes.
 
     Nothing is fitted to a quantized prefix here: that moves sizes by some thousandths and takes the most time.
@@ -134,7 +144,7 @@ def _trial(model: Model, method: Method, allocation: Allocation) -> tuple[int, d
     course = Course(Plain(model), allocation, steer=False)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         directory = Path(scratch) / "packed"
-        _write(model, method, allocation, directory, course, lambda items, _: items)
+        _write(model, method, allocation, directory, course, lambda items, _: items, Finished(), engine)
         return packed.file_bytes(directory), course.sizes
 
 
@@ -179,6 +189,7 @@ def pack(
     directory: Path,
     progress: Progress,
     journal: artifacts.Journal | None = None,
+    engine: Engine = LOCAL,
 ) -> None:
     """Encode every tensor and write the packed directory, within the budget.
 
@@ -197,9 +208,9 @@ def pack(
         if number < len(missed):
             bought = missed[number]
         else:
-            walk = _propagation(model, ids, tokens) if tokens else Plain(model)
-            course = Course(walk, allocation, reserve=reserve)
-            _write(model, method, allocation, directory, course, progress, Finished(journal, number))
+            with _walk(model, ids, tokens, engine) as walk:
+                course = Course(walk, allocation, reserve=reserve)
+                _write(model, method, allocation, directory, course, progress, Finished(journal, number), engine)
             bought = packed.file_bytes(directory)
             if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * ease * asked:
                 break
@@ -227,27 +238,33 @@ def encode(
     course: Course,
     progress: Progress,
     finished: Finished = Finished(),  # noqa: B008 (frozen)
+    engine: Engine = LOCAL,
 ) -> Iterator[tuple[str, PackedTensor]]:
     """Every matrix of the model, packed: those in scope by the method's codec, the others kept as they are.
 
     Codecs of two passes round every matrix before they code the first.
     """
     codec, kept = load_room("codecs", method.codec), load_room("codecs", KEPT)
-    two_passes = hasattr(codec, "round_one")
-    make, restore = (codec.round_one, codec.Rounded) if two_passes else (codec.encode, PackedTensor)
-    rounded = []
-    for tensor in progress(course.walk.order(), "pack"):
+    two_passes, order = hasattr(codec, "round_one"), course.walk.order()
+    restore = codec.Rounded if two_passes else PackedTensor
+    shared, rounded = engine.share(partial(_same, model)), list[Any]()
+    wanted = ((t, allocation.choices[t.name]) for t in order if t.name in allocation.choices and not finished.has(t))
+    apart = engine.map(_encode, shared, ((t, method, c) for t, c in wanted), not course.steer) if course.apart else None
+    for tensor in progress(order, "pack"):
         choice = allocation.choices.get(tensor.name)
         if choice is None:
             yield tensor.name, kept.encode(_job(model, tensor, method, Choice()), kept.Settings())
             continue
         before = finished.read(tensor)
-        if before is None:
-            item = make(course.job(_job(model, tensor, method, choice)), method.codec_settings)
-        else:
+        if before is not None:
             course.steered(tensor.name, choice)
-            item = restore.from_arrays(tensor, before)
-        weight, size = (item.weight, item.size) if two_passes else (functools.partial(codec.decode, item), None)
+            item: Any = restore.from_arrays(tensor, before)
+        elif apart is not None:
+            item = next(apart)
+        else:
+            aim = course.aim(tensor, model.checkpoint.tensor(tensor))
+            (item,) = engine.map(_encode, shared, [(tensor, method, course.steered(tensor.name, choice), aim)])
+        weight, size = (item.weight, item.size) if two_passes else (partial(codec.decode, item), None)
         bias = course.settle(tensor, weight, size, None if before is None else before.get(BIAS))
         if before is None:
             finished.keep(tensor, item.to_arrays(), bias)
@@ -259,6 +276,17 @@ def encode(
         yield from codec.assemble(rounded)
 
 
+def _encode(model: Model, tensor: TensorSpec, method: Method, choice: Choice, aim: Aim | None = None) -> Any:
+    """One matrix, packed, or rounded where its codec has two passes."""
+    codec, job = load_room("codecs", method.codec), _job(model, tensor, method, choice)
+    if aim is not None:
+        job = dataclasses.replace(job, weight=aim.weight)
+        if aim.second_moment is not None and job.statistics is not None:
+            statistics = dataclasses.replace(job.statistics, second_moment=aim.second_moment)
+            job = dataclasses.replace(job, statistics=statistics)
+    return (codec.round_one if hasattr(codec, "round_one") else codec.encode)(job, method.codec_settings)
+
+
 def _write(
     model: Model,
     method: Method,
@@ -267,6 +295,7 @@ def _write(
     course: Course,
     progress: Progress,
     finished: Finished = Finished(),  # noqa: B008 (frozen)
+    engine: Engine = LOCAL,
 ) -> None:
     record, unstored = model.record, ("choices", "bought_bytes")
     provenance = Provenance(
@@ -281,7 +310,7 @@ def _write(
     )
     stored = () if method.codec == "source" else model.index.vectors
     vectors = ((v, course.walk.vector(v.name)) for v in stored)  # after all matrices: their biases may have moved
-    tensors = encode(model, method, allocation, course, progress, finished)
+    tensors = encode(model, method, allocation, course, progress, finished, engine)
     write_packed(directory, provenance, tensors, vectors, model.checkpoint.directory)
 
 
@@ -326,11 +355,22 @@ class Plain:
         return self.model.checkpoint.read(name).numpy()
 
 
-def _propagation(model: Model, ids: np.ndarray, tokens: int) -> Propagation:
-    original = load_streamed(model.checkpoint.directory, model.index)
-    walk = Propagation.prepare(original, model.index, ids, tokens, PASS_TOKENS)
-    walk.start()
-    return walk
+@contextmanager
+def _walk(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterator[Walk]:
+    """Behind the quantized prefix, or without `tokens` of one, every matrix by itself."""
+    load = partial(load_streamed, model.checkpoint.directory, model.index)
+    if not tokens:
+        yield Plain(model)
+    elif isinstance(engine, Ray):
+        sharded = ShardedPropagation(engine, load, model.index, ids, tokens, PASS_TOKENS)
+        try:
+            yield sharded
+        finally:
+            sharded.close()
+    else:
+        walk = Propagation.prepare(load(), model.index, ids, tokens, PASS_TOKENS)
+        walk.start()
+        yield walk
 
 
 @dataclasses.dataclass
@@ -344,13 +384,14 @@ class Course:
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes of codes so far
     corrections: dict[str, float] = dataclasses.field(default_factory=dict)  # octaves by which their steps are coarser
 
-    def job(self, job: Job) -> Job:
-        """The same, aimed, and with its step corrected."""
-        aim = self.walk.aim(job.tensor, job.weight)
-        choice, statistics = self.steered(job.tensor.name, job.choice), job.statistics
-        if aim.second_moment is not None and statistics is not None:
-            statistics = dataclasses.replace(statistics, second_moment=aim.second_moment)
-        return dataclasses.replace(job, weight=aim.weight, choice=choice, statistics=statistics)
+    @property
+    def apart(self) -> bool:
+        """Whether nothing that becomes of a matrix matters to those after it."""
+        return isinstance(self.walk, Plain) and not (self.steer and self._expected)
+
+    def aim(self, tensor: TensorSpec, weight: Tensor) -> Aim | None:
+        """Of the walk; None where matrices aim at themselves."""
+        return None if isinstance(self.walk, Plain) else self.walk.aim(tensor, weight)
 
     def steered(self, name: str, choice: Choice) -> Choice:
         """A matrix' choice with its step corrected by what those before it took."""
@@ -371,11 +412,11 @@ class Course:
             self.sizes[tensor.name] = size
         return None if isinstance(self.walk, Plain) else self.walk.settle(tensor, weight(), bias)
 
-    @functools.cached_property
+    @cached_property
     def _expected(self) -> dict[str, float]:
         return {n: c.size for n, c in self.allocation.choices.items() if c.size is not None}
 
-    @functools.cached_property
+    @cached_property
     def _slopes(self) -> dict[str, float]:
         """Bytes per octave."""
         return {n: self.allocation.choices[n].slope or size for n, size in self._expected.items()}

@@ -33,6 +33,10 @@ class Finished:
         kept = self.journal.read(_step(tensor)) if self.journal else None
         return kept if kept is not None and int(kept[ROUND]) == self.round else None
 
+    def has(self, tensor: TensorSpec) -> bool:
+        """Whether a matrix was kept in this round."""
+        return self.read(tensor) is not None
+
     def keep(self, tensor: TensorSpec, arrays: Mapping[str, np.ndarray], bias: np.ndarray | None) -> None:
         """Note a matrix as finished, and the bias, float32 [out], that went with it."""
         if self.journal:

@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,9 +26,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nashswarm.artifacts import reserved
-from nashswarm.blocks import Blocks, called_with, replaced_blocks
+from nashswarm.blocks import Blocks, batches_of, calibration_windows, replaced_blocks
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Scoring
+from nashswarm.engine import LOCAL, Engine
 from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,29 +52,28 @@ class Journal(Protocol):
 
 
 def gather(
-    model: PreTrainedModel,
+    load: Callable[[], PreTrainedModel],
     index: ModelIndex,
     ids: np.ndarray,
     scoring: Scoring,
     progress: Progress,
     journal: Journal | None = None,
+    engine: Engine = LOCAL,
 ) -> Iterator[tuple[TensorSpec, Statistics]]:
     """The statistics of every matrix, one at a time, head first, then blocks from last to first, then embeddings.
 
-    Arguments: `model` in float32, not training; `ids`, int32 [tokens], of the calibration split; `journal`, whose
-    finished steps are not done again.
+    Arguments: `load` makes the model, in float32, not training, in each process that computes; `ids`, int32 [tokens],
+    of the calibration split; `journal`, whose finished steps are not done again.
     Raises InputError where `ids` do not fill a window, NashSwarmError where a matrix was never run.
     """
-    run = _Run.prepare(model, index, ids, scoring.tokens, scoring.batch_tokens)
+    run = _Run(engine, load, index, ids, scoring, progress)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         journal = journal or _Forgetful(Path(scratch))
         inputs = run.file(journal)
-        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs, progress))
-        if not run.calls:
-            run.first_calls()
+        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs))
         gradients = torch.empty(inputs.shape[1:])
         state = journal.read("state")
-        done = int(state["layer"]) if state else len(run.blocks) + 1
+        done = int(state["layer"]) if state else index.layers + 1
         if state:
             gradients.copy_(torch.from_numpy(np.array(state["gradients"])))
 
@@ -85,9 +85,9 @@ def gather(
             journal.keep("state", {"layer": np.array(layer), "gradients": gradients.numpy()})
             return found
 
-        head = step(len(run.blocks), lambda: run.head(inputs[-1], gradients, scoring.seed, progress))
+        head = step(index.layers, lambda: run.head(inputs[-1], gradients))
         yield from run.named(head, lambda t: t.layer is None and t.kind != "embedding")
-        for layer in progress(range(len(run.blocks) - 1, -1, -1), "layers"):
+        for layer in progress(range(index.layers - 1, -1, -1), "layers"):
             found = step(layer, lambda at=layer: run.block(at, inputs[at], gradients))  # type: ignore[misc]
             yield from run.named(found, lambda t, at=layer: t.layer == at)  # type: ignore[misc]
         yield from run.embeddings(lookups, head, gradients)
@@ -139,26 +139,19 @@ def _read_statistics(journal: Journal, layer: int) -> dict[str, Statistics]:
 
 @dataclass
 class _Moments:
-    """Sums over tokens for one projection."""
+    """Sums over tokens for one projection: float32 within a batch of some thousand tokens, float64 across batches."""
 
     second: Tensor | None = None  # float64 [in, in]
     fisher: Tensor | None = None  # float64 [out]
     gradient: Tensor | None = None  # float64 [out, out]
     tokens: int = 0
 
-    def add_input(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        product = (x.T @ x).double()  # float32 within a batch of some thousand tokens, float64 across batches
-        self.second = product if self.second is None else self.second.add_(product)
-        self.tokens += x.shape[0]
-
-    def add_gradient(self, g: Tensor) -> None:
-        g = g.reshape(-1, g.shape[-1])
-        product = (g.T @ g).double()
-        self.gradient = product if self.gradient is None else self.gradient.add_(product)
-
-    def add_fisher(self, square: Tensor) -> None:
-        self.fisher = square if self.fisher is None else self.fisher.add_(square)
+    def add(self, found: _Found) -> None:
+        """What a batch gave."""
+        for key, value in found.sums:
+            before = getattr(self, key)
+            setattr(self, key, value.double() if before is None else before.add_(value))
+        self.tokens += found.tokens
 
     def statistics(self, name: str) -> Statistics:
         fisher = self.fisher if self.gradient is None else self.gradient.diagonal()
@@ -171,62 +164,139 @@ class _Moments:
 
 
 @dataclass
-class _Run(Blocks):
+class _Found:
+    """Sums over the tokens of one batch for one projection, in the order in which they came."""
+
+    sums: list[tuple[str, Tensor]] = field(default_factory=list)  # field of _Moments, value
+    tokens: int = 0
+
+    def see_input(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        self.sums.append(("second", x.T @ x))
+        self.tokens += x.shape[0]
+
+    def see_gradient(self, g: Tensor) -> None:
+        g = g.reshape(-1, g.shape[-1])
+        self.sums.append(("gradient", g.T @ g))
+
+
+# --- one batch -----------------------------------------------------------------------------------------------------
+
+
+def _prepare(load: Callable[[], PreTrainedModel], index: ModelIndex, ids: np.ndarray, scoring: Scoring) -> Blocks:
+    return Blocks.prepare(load(), index, ids, scoring.tokens, scoring.batch_tokens)
+
+
+def _width(blocks: Blocks) -> int:
+    return int(blocks.model.config.hidden_size)
+
+
+def _forward(blocks: Blocks, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The inputs of every block, and the last one's output, [blocks + 1, windows, ...]; lookups by table, [rows]."""
+    windows = blocks.windows[blocks.batches()[number]]
+    inputs = torch.empty(len(blocks.blocks) + 1, *windows.shape, _width(blocks))
+    recorder = _LookupRecorder(blocks.names, windows.numel())
+    with torch.no_grad(), recorder, _recording(blocks.blocks, inputs):
+        blocks.model.base_model(windows, use_cache=False)
+    return inputs, recorder.counts
+
+
+def _head(blocks: Blocks, number: int, hidden: Tensor, place: Tensor) -> tuple[Tensor, dict[str, _Found]]:
+    """d loss / d hidden, and sums for the head. Arguments: `place` in the stream of labels, a generator's state."""
+    head, generator = blocks.model.get_output_embeddings(), torch.Generator()
+    generator.set_state(place)
+    name, hidden = blocks.name_of(head), hidden.clone().requires_grad_()
+    found = {name: _Found()}
+    with replaced_blocks(blocks.model, blocks.blocks, hidden), _hooked({name: head}, found, False):
+        windows = blocks.windows[blocks.batches()[number]]
+        logits = blocks.model(windows, use_cache=False).logits.float().flatten(0, 1)
+    p = logits.detach().softmax(-1)
+    labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
+    found[name].sums.append(("fisher", (p * (1 - p)).sum(0, dtype=torch.float64)))
+    functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    return hidden.grad, found
+
+
+def _block(
+    blocks: Blocks, layer: int, number: int, hidden: Tensor, gradient: Tensor
+) -> tuple[Tensor, dict[str, _Found]]:
+    """d loss / d input of a block, from that of its output, and sums for its projections."""
+    modules = blocks.projections(layer)
+    found = {name: _Found() for name in modules}
+    blocks.enter(layer)  # held for the pass back, too
+    hidden = hidden.clone().requires_grad_()
+    with _hooked(modules, found, True):
+        blocks.run(layer, number, hidden).backward(gradient)  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None
+    return hidden.grad, found
+
+
+# --- all batches ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    engine: Engine
+    load: Callable[[], PreTrainedModel]
+    index: ModelIndex
+    ids: np.ndarray
+    scoring: Scoring
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        windows, batch = calibration_windows(self.index, self.ids, self.scoring.tokens, self.scoring.batch_tokens)
+        self.shape, self.batches = windows.shape, batches_of(len(windows), batch)
+        self.shared = self.engine.share(partial(_prepare, self.load, self.index, self.ids, self.scoring))
+
     def file(self, journal: Journal) -> Tensor:
         """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
-        shape = (len(self.blocks) + 1, *self.windows.shape, self.model.config.hidden_size)
+        (width,) = self.engine.map(_width, self.shared, [()])
+        shape = (self.index.layers + 1, *self.shape, width)
         path = journal.scratch("inputs", 4 * math.prod(shape))
         return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=shape))
 
-    def first_calls(self) -> None:
-        """Note how blocks are called, where their inputs are known already."""
-        for batch in self.batches():
-            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
-            assert call is not None
-            self.calls.append((call[0][1:], call[1]))
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Fill `inputs`, and count lookups: name of a table -> float64 [rows]."""
+        counts: dict[str, Tensor] = {}
+        found = self.engine.map(_forward, self.shared, ((number,) for number in range(len(self.batches))))
+        for batch, (own, lookups) in self._in_turn(found, "inputs of layers"):
+            inputs[:, batch] = own
+            for name, count in lookups.items():
+                counts[name] = counts[name] + count if name in counts else count
+        return counts
 
-    def forward(self, inputs: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Fill `inputs`, remember how blocks are called, and count lookups: name of a table -> float64 [rows]."""
-        recorder = _LookupRecorder(self.names)
-        for batch in progress(self.batches(), "inputs of layers"):
-            recorder.tokens = self.windows[batch].numel()
-            with torch.no_grad(), recorder, _recording(self.blocks, inputs[:, batch], self.calls):
-                self.model.base_model(self.windows[batch], use_cache=False)
-        return recorder.counts
-
-    def head(self, outputs: Tensor, gradients: Tensor, seed: int, progress: Progress) -> dict[str, _Moments]:
+    def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
         """Statistics of what follows the blocks; fills `gradients` with d loss / d output of the last block."""
-        generator = torch.Generator().manual_seed(seed)
-        head = self.model.get_output_embeddings()
-        moments = {self.name_of(head): _Moments()}
-        for batch in progress(self.batches(), "head"):
-            hidden = outputs[batch].clone().requires_grad_()
-            with (
-                replaced_blocks(self.model, self.blocks, hidden),
-                _hooked({self.name_of(head): head}, moments, False),
-            ):
-                logits = self.model(self.windows[batch], use_cache=False).logits.float().flatten(0, 1)
-            p = logits.detach().softmax(-1)
-            labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
-            # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
-            moments[self.name_of(head)].add_fisher((p * (1 - p)).sum(0, dtype=torch.float64))
-            functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-            assert hidden.grad is not None
-            gradients[batch] = hidden.grad
-        return moments
+        items = ((n, outputs[b].clone(), place) for n, (b, place) in enumerate(self._places()))
+        return self._summed(self.engine.map(_head, self.shared, items), gradients, "head")
 
     def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
         """Statistics of one block; turns `gradients` from those of its output into those of its input."""
-        modules = self.projections(layer)
-        moments = {name: _Moments() for name in modules}
-        self.hold(layer)  # for the pass back, too
-        with _hooked(modules, moments, True):
-            for number, batch in enumerate(self.batches()):
-                hidden = inputs[batch].clone().requires_grad_()
-                self.run(layer, number, hidden).backward(gradients[batch])  # type: ignore[no-untyped-call]
-                assert hidden.grad is not None
-                gradients[batch] = hidden.grad
-        self.drop(layer)
+        items = ((layer, n, inputs[b].clone(), gradients[b].clone()) for n, b in enumerate(self.batches))
+        return self._summed(self.engine.map(_block, self.shared, items), gradients)
+
+    def _places(self) -> Iterator[tuple[slice, Tensor]]:
+        """Batches, and where each is in the stream of numbers by which labels are drawn: one for each token and row."""
+        generator = torch.Generator().manual_seed(self.scoring.seed)
+        for batch in self.batches:
+            yield batch, generator.get_state()
+            tokens = (min(batch.stop, self.shape[0]) - batch.start) * self.shape[1]
+            torch.multinomial(torch.ones(tokens, self.index.vocabulary), 1, generator=generator)
+
+    def _in_turn(self, found: Iterator[Any], what: str | None = None) -> Iterator[tuple[slice, Any]]:
+        batches = self.progress(self.batches, what) if what else self.batches
+        return zip(batches, found, strict=True)
+
+    def _summed(
+        self, found: Iterator[tuple[Tensor, dict[str, _Found]]], gradients: Tensor, what: str | None = None
+    ) -> dict[str, _Moments]:
+        moments: dict[str, _Moments] = {}
+        for batch, (gradient, own) in self._in_turn(found, what):
+            gradients[batch] = gradient
+            for name, sums in own.items():
+                moments.setdefault(name, _Moments()).add(sums)
         return moments
 
     def named(
@@ -241,17 +311,17 @@ class _Run(Blocks):
         """Tables: how often each row is looked up, and the Fisher information of the first block's input."""
         width = gradients.shape[-1]
         moment = torch.zeros(width, width, dtype=torch.float64)
-        for batch in self.batches():
+        for batch in self.batches:
             g = gradients[batch].view(-1, width)
             moment += g.T @ g
-        moment /= self.windows.numel()
+        moment /= math.prod(self.shape)
         for tensor in self.index.tensors:
             if tensor.kind != "embedding":
                 continue
             if tensor.name not in lookups:
                 raise NashSwarmError(f"{tensor.name}: no row of this table was looked up during calibration")
             counts = lookups[tensor.name] + FREQUENCY_PRIOR
-            per_token = counts / self.windows.numel()
+            per_token = counts / math.prod(self.shape)
             # A table narrower than the blocks (OPT-350M projects it) has no gradient of its own: the mean stands in.
             mean = moment.diagonal().mean()
             own = moment if tensor.shape[1] == width else mean * torch.eye(tensor.shape[1], dtype=torch.float64)
@@ -266,10 +336,10 @@ def _float32(value: Tensor) -> np.ndarray:
 class _LookupRecorder(TorchFunctionMode):
     """Counts the rows that nn.functional.embedding looks up; a module's own arguments may be offset from them (OPT)."""
 
-    def __init__(self, tables: dict[int, str]) -> None:
+    def __init__(self, tables: dict[int, str], tokens: int) -> None:
         super().__init__()
         self.tables = tables
-        self.tokens = 0  # of the batch under way
+        self.tokens = tokens  # of the batch
         self.counts: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -285,14 +355,12 @@ class _LookupRecorder(TorchFunctionMode):
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList, inputs: Tensor, calls: list[Any]) -> Iterator[None]:
-    """Write the blocks' inputs, and the last one's output, to `inputs` [blocks + 1, ...]; keep the first one's call."""
+def _recording(blocks: nn.ModuleList, inputs: Tensor) -> Iterator[None]:
+    """Write the blocks' inputs, and the last one's output, to `inputs` [blocks + 1, ...]."""
 
     def before(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs[layer] = args[0]
-            if layer == 0:
-                calls.append((args[1:], keywords))
 
         return hook
 
@@ -309,14 +377,14 @@ def _recording(blocks: nn.ModuleList, inputs: Tensor, calls: list[Any]) -> Itera
 
 
 @contextmanager
-def _hooked(modules: dict[str, nn.Module], moments: dict[str, _Moments], gradients: bool) -> Iterator[None]:
-    """Add every input (and output gradient) of `modules` to `moments`."""
+def _hooked(modules: dict[str, nn.Module], found: dict[str, _Found], gradients: bool) -> Iterator[None]:
+    """Show every input (and output gradient) of `modules` to what is found of it."""
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            moments[name].add_input(args[0].detach())
+            found[name].see_input(args[0].detach())
             if gradients:
-                output.register_hook(moments[name].add_gradient)  # type: ignore[no-untyped-call]
+                output.register_hook(found[name].see_gradient)  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -124,7 +124,7 @@ def score(root: Path, scoring: Scoring) -> tuple[float, int, float, int]:
     windows = torch.from_numpy(ids[:whole].astype(np.int64)).view(-1, index.context)
     with torch.no_grad():
         unit = _seconds(lambda: [original(window[None], use_cache=False) for window in windows])
-    seconds = _seconds(lambda: _score(root, statistics.gather(original, index, ids, scoring, _quiet)))
+    seconds = _seconds(lambda: _score(root, statistics.gather(lambda: original, index, ids, scoring, _quiet)))
     return unit, index.parameters, seconds, peak_bytes()
 
 

@@ -1,0 +1,269 @@
+"""Where tasks run: in this process, or on a Ray cluster. Either gives the same bytes.
+
+A task is a function of this library with its arguments. What many tasks have in common (a model, say) is shared: it is
+made once in each process that runs them. Results come in the order of the items, whichever worker was first, and
+whoever adds them up does so in this order; every task computes with `compute.threads` threads, wherever it runs.
+
+A worker that is lost takes its tasks with it: Ray runs them again elsewhere. What has a state of its own, which tasks
+have not, is a `Member`: its lasting calls are kept on disk, and made again on its successor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nashswarm.config import Compute
+from nashswarm.threads import set_threads, wait_asleep
+from nashswarm.types import NashSwarmError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+AHEAD = 2  # tasks under way for each slot: what bounds the object store
+RETRIES = 20  # of a task or a member whose worker is lost
+EXTRA = "engine: ray needs the package; pip install -c constraints.txt -e '.[ray]'"
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """Runs tasks."""
+
+    @property
+    def slots(self) -> int:
+        """How many tasks run at the same time, each with all its threads."""
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What tasks have in common; `make` is called where it is needed, once in each process."""
+
+    def map(
+        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], at_once: bool = False
+    ) -> Iterator[Any]:
+        """function(shared, *item) for every item, in order.
+
+        Arguments: `at_once`, for tasks which are numpy for the most part, which uses one core: in this process, too, as
+        many of them run at the same time as there are threads.
+        """
+
+
+# --- this process --------------------------------------------------------------------------------------------------
+
+
+class Local:
+    """One task after the other."""
+
+    slots = 1
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+
+    def share(self, make: Callable[[], Any]) -> _Lazy:
+        """Made when a task first needs it."""
+        return _Lazy(make)
+
+    def map(
+        self, function: Callable[..., Any], shared: _Lazy, items: Iterable[tuple[Any, ...]], at_once: bool = False
+    ) -> Iterator[Any]:
+        """As `Engine.map`."""
+        if not at_once:
+            yield from (function(shared.made, *item) for item in items)
+            return
+        under_way: deque[Future[Any]] = deque()
+        with ThreadPoolExecutor(self.threads) as pool:
+            for item in items:
+                under_way.append(pool.submit(function, shared.made, *item))
+                if len(under_way) > self.threads:
+                    yield under_way.popleft().result()
+            yield from (task.result() for task in under_way)
+
+
+@dataclass
+class _Lazy:
+    make: Callable[[], Any]
+
+    @cached_property
+    def made(self) -> Any:
+        return self.make()
+
+
+LOCAL = Local()
+
+
+# --- a cluster -----------------------------------------------------------------------------------------------------
+
+
+class Ray:
+    """Tasks over a cluster that is there already, or that is started on this machine and ends with this process."""
+
+    def __init__(self, compute: Compute) -> None:
+        """Raises NashSwarmError where Ray is missing, where no cluster is found, or where no node has the cores."""
+        self.threads, self.ray = compute.threads, _import_ray()
+        self.place = self.threads, os.getcwd()
+        wait_asleep()
+        self.ray.init(
+            address=compute.address,
+            ignore_reinit_error=True,
+            logging_level=logging.WARNING,
+            include_dashboard=False if compute.address is None else None,
+            runtime_env={"env_vars": _environment()},
+        )
+        cores = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+        self.slots = sum(count // self.threads for count in cores)
+        if not self.slots:
+            raise NashSwarmError(
+                f"compute.threads: {self.threads} threads for each task, but the largest node has {max(cores)} cores; "
+                "lower it, or add nodes"
+            )
+
+    def share(self, make: Callable[[], Any]) -> _Shared:
+        """As `Engine.share`; `make` is pickled."""
+        return _Shared(uuid.uuid4().hex, self.ray.put(make))
+
+    def map(
+        self, function: Callable[..., Any], shared: _Shared, items: Iterable[tuple[Any, ...]], at_once: bool = False
+    ) -> Iterator[Any]:
+        """As `Engine.map`."""
+        options = {"num_cpus": self.threads, "max_retries": RETRIES}
+        call = self.ray.remote(**options)(_task).options(name=function.__name__)
+        under_way: deque[Any] = deque()
+        for item in items:
+            under_way.append(call.remote(self.place, shared, function, *item))
+            if len(under_way) >= AHEAD * self.slots:
+                yield self.get(under_way.popleft())
+        while under_way:
+            yield self.get(under_way.popleft())
+
+    def get(self, reference: Any) -> Any:
+        """What a task returned. Raises what it raised."""
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def member(self, make: Callable[[], Any]) -> Member:
+        """An object that lives on a worker."""
+        return Member(self, make)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    key: str
+    make: Any  # a reference; within this it is passed as it is, and looked up only where it is needed
+
+
+_made: dict[str, Any] = {}  # of this worker: what was shared last
+
+
+def _task(place: tuple[int, str], shared: _Shared, function: Callable[..., Any], *arguments: Any) -> Any:
+    if shared.key not in _made:
+        _prepare(*place)
+        _made.clear()  # what earlier tasks had in common is not needed again
+        _made[shared.key] = _import_ray().get(shared.make)()
+    return function(_made[shared.key], *arguments)
+
+
+def _prepare(threads: int, directory: str) -> None:
+    """What a stage starts with, and where: paths may be relative."""
+    os.chdir(directory)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nashswarm").setLevel(logging.INFO)
+    warnings.filterwarnings(
+        "ignore", message="The given NumPy array is not writable"
+    )  # no task writes to its arguments
+    set_threads(threads)
+
+
+class _Host:
+    """On a worker: the object, and its methods by name."""
+
+    def __init__(self, place: tuple[int, str], make: Callable[[], Any]) -> None:
+        _prepare(*place)
+        self.made = make()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.made, method)(*arguments)
+
+
+@dataclass
+class Member:
+    """An object on a worker. Where the worker is lost, the object is made anew and its lasting calls are repeated."""
+
+    engine: Ray
+    make: Callable[[], Any]
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="nashswarm-")))
+    calls: int = 0  # lasting ones so far
+    _host: Any = None
+
+    def __post_init__(self) -> None:
+        self._start()
+
+    def submit(self, method: str, *arguments: Any) -> tuple[Any, str, tuple[Any, ...]]:
+        """Begin a call; `result` waits for it."""
+        return self._host.call.remote(method, *arguments), method, arguments
+
+    def result(self, submitted: tuple[Any, str, tuple[Any, ...]], lasting: bool = False) -> Any:
+        """What a call returned. Arguments: `lasting`, whether it changed the object for good."""
+        reference, method, arguments = submitted
+        for left in range(RETRIES, -1, -1):
+            try:
+                found = self.engine.get(reference)
+                break
+            except self.engine.ray.exceptions.RayActorError:
+                if not left:
+                    raise
+                logger.warning("a worker was lost; its %d finished steps are repeated on another", self.calls)
+                self._start()
+                reference = self._host.call.remote(method, *arguments)
+        if lasting:
+            (self.directory / str(self.calls)).write_bytes(pickle.dumps((method, arguments)))
+            self.calls += 1
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        self.engine.ray.kill(self._host)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _start(self) -> None:
+        ray = self.engine.ray
+        if self._host is not None:
+            ray.kill(self._host)
+        # Beside tasks, not instead of them: it works only while it is called, and then no task runs.
+        options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        self._host = ray.remote(**options)(_Host).remote(self.engine.place, self.make)
+        for number in range(self.calls):
+            method, arguments = pickle.loads((self.directory / str(number)).read_bytes())
+            self._host.call.remote(method, *arguments)  # in this order; where this worker is lost, too, `result` sees
+
+
+def _environment() -> dict[str, str]:
+    """Of every worker: the same code as here, and threads that wait as they do here."""
+    kept = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    return {**kept, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "0"}
+
+
+def _import_ray() -> ModuleType:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise NashSwarmError(EXTRA) from error
+    return ray  # type: ignore[no-any-return, unused-ignore]
+
+
+def make_engine(compute: Compute) -> Engine:
+    """As params say."""
+    return Ray(compute) if compute.engine == "ray" else Local(compute.threads)

@@ -14,7 +14,7 @@ help:  ## this list
 
 $(READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,remote,export,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,remote,export,ray,dev]'
 	touch $@
 
 install: $(READY)  ## the pinned environment in .venv

@@ -14,7 +14,7 @@ def main(params: Params, model: str, method: str) -> None:
     """Write data/allocations/<model>/<method>."""
     set_threads(params)
     recipe = read_recipe(LAYOUT.methods / f"{method}.json")
-    opened, engine = quantize.open_model(LAYOUT, model), make_engine(params.compute)
+    opened, engine = quantize.open_model(LAYOUT, model), make_engine(params.compute, "allocate")
     allocation = quantize.allocate(opened, recipe, progress, engine)
     with artifacts.fresh_directory(LAYOUT.allocation(model, method)) as target:
         artifacts.write_allocation(target, allocation)

@@ -16,8 +16,8 @@ def main(params: Params, model: str) -> None:
     set_threads(params)
     download = LAYOUT.download(model)
     index = artifacts.read_index(download)
-    load = partial(models.load_streamed, artifacts.read_source(download).open(LAYOUT.root), index)
-    engine = make_engine(params.compute)
+    engine, directory = make_engine(params.compute, "baseline"), artifacts.read_source(download).open(LAYOUT.root)
+    load = partial(models.load_streamed, directory, index, device=engine.device)
     context = min(index.context, params.evaluation.context)
     with artifacts.fresh_directory(LAYOUT.baseline(model)) as target:
         for corpus in params.active.corpora:

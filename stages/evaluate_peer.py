@@ -24,7 +24,7 @@ def main(params: Params, model: str, peer: str) -> None:
     directory, record = source.open(LAYOUT.root), artifacts.read_peer(LAYOUT.peer(model, peer))
     losses = {}
     if record.reason is None:
-        load, engine = partial(_load, directory, LAYOUT.peer(model, peer)), make_engine(params.compute)
+        load, engine = partial(_load, directory, LAYOUT.peer(model, peer)), make_engine(params.compute, "evaluate")
         context = min(index.context, params.evaluation.context)
         for corpus in params.active.corpora:
             split = artifacts.read_tokens(download, corpus, "test")

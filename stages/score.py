@@ -19,9 +19,11 @@ def main(params: Params, model: str) -> None:
     record = artifacts.read_source(download)
     ids = artifacts.read_tokens(download, params.active.calibration, "calibration").ids
     directory, facts = record.open(LAYOUT.root), (record.files, artifacts.digest(ids), params.scoring)
-    journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, params.compute.threads, statistics.code())
+    where = params.compute.threads, params.compute.device_of("score")
+    journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, *where, statistics.code())
     preflight.check([preflight.scoring_need(index, params.scoring)], LAYOUT.root)
-    load, engine = partial(models.load_streamed, directory, index), make_engine(params.compute)
+    engine, dtype = make_engine(params.compute, "score"), params.scoring.dtype
+    load = partial(models.load_streamed, directory, index, device=engine.device, dtype=dtype)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
         for tensor, found in statistics.gather(load, index, ids, params.scoring, progress, journal, engine):
             artifacts.write_statistics(target, tensor.name, found)

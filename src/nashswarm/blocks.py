@@ -39,7 +39,7 @@ class Blocks:
         windows, batch = calibration_windows(index, ids, tokens, batch_tokens)
         blocks = model.get_submodule(block_path(model))
         assert isinstance(blocks, nn.ModuleList)
-        return cls(model, index, windows, batch, blocks)
+        return cls(model, index, windows.to(model.device), batch, blocks)
 
     def batches(self) -> list[slice]:
         """Of windows."""
@@ -75,13 +75,20 @@ class Blocks:
     def embedded(self) -> list[Tensor]:
         """What the first block is given for each batch; what else blocks are called with is kept."""
         found, self._calls = [], []
-        for batch in self.batches():
-            call = called_with(self.blocks[0], partial(self.model.base_model, self.windows[batch], use_cache=False))
-            assert call is not None
-            (hidden, *others), keywords = call
-            self._calls.append((tuple(others), keywords))
-            found.append(hidden.clone())
+        for number in range(len(self.batches())):
+            hidden, others, keywords = self.called(number)
+            self._calls.append((others, keywords))
+            found.append(hidden)
         return found
+
+    @torch.no_grad()
+    def called(self, number: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What the first block is called with for a batch: hidden states, a copy, and what goes with them."""
+        windows = self.windows[self.batches()[number]]
+        call = called_with(self.blocks[0], partial(self.model.base_model, windows, use_cache=False))
+        assert call is not None
+        (hidden, *others), keywords = call
+        return hidden.clone(), tuple(others), keywords
 
     def name_of(self, module: nn.Module) -> str:
         """The canonical name of a module's weight."""
@@ -121,7 +128,7 @@ def outputs_by_block(
     """What the model makes of each batch, before its head; a block at a time, so that a streamed one is read once.
 
     Arguments: `inputs`, of the model: ids and the like, int64 [windows, tokens]. Returns float32 [windows, tokens,
-    width] of each, bit for bit what `model.base_model` gives.
+    width] of each, on the model's device, bit for bit what `model.base_model` gives.
     """
     blocks = model.get_submodule(block_path(model))
     assert isinstance(blocks, nn.ModuleList)
@@ -129,7 +136,8 @@ def outputs_by_block(
     with torch.inference_mode():
         with _held(blocks[0]):
             for batch in inputs:
-                call = called_with(blocks[0], partial(model.base_model, **batch, use_cache=False))
+                placed = {name: values.to(model.device) for name, values in batch.items()}
+                call = called_with(blocks[0], partial(model.base_model, **placed, use_cache=False))
                 assert call is not None
                 (state, *arguments), keywords = call
                 states.append(state)
@@ -140,7 +148,8 @@ def outputs_by_block(
                     states[number] = _first(blocks[layer](states[number], *arguments, **keywords))
         for number, batch in enumerate(inputs):
             with replaced_blocks(model, blocks, states[number]):
-                states[number] = model.base_model(**batch, use_cache=False)[0]
+                placed = {name: values.to(model.device) for name, values in batch.items()}
+                states[number] = model.base_model(**placed, use_cache=False)[0]
     return states
 
 

@@ -30,6 +30,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 METHOD_KEYS = ("codec", "scope", "accounting", "importance", "allocator")
 BENCHMARKS = ("kernels", "decode", "packing", "quantization")
 ENGINES = ("local", "ray")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+ON_DEVICES = ("score", "baseline", "pack", "evaluate")  # the stages that run models
+DTYPES = ("float32", "bfloat16")
 HEAD = 64  # width of the heads of models that are benchmarked by LAYERSxWIDTH
 BENCHMARK_FOLDER = "benchmarks"  # in metrics, beside those of the models
 
@@ -78,8 +81,11 @@ class Scoring:
     tokens: int = 16384  # calibration tokens, taken from the start of the calibration split
     batch_tokens: int = 2048  # tokens per forward pass; bounds memory
     seed: int = 0  # of the labels that the model samples for its Fisher information
+    dtype: str = "float32"  # of DTYPES, in which the model runs; sums are float32 and wider
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: '{self.dtype}' is unknown{_suggest(self.dtype, DTYPES)}")
         _at_least("tokens", self.tokens, 64)
         _at_least("batch_tokens", self.batch_tokens, 1)
 
@@ -216,6 +222,7 @@ class Compute:
     threads: int = 2  # of each task
     engine: str = "local"  # of ENGINES
     address: str | None = None  # of a Ray cluster, "auto" for the one of this machine; None starts one
+    device: Any = "cpu"  # of DEVICES: one for all, or stage -> its own; late digits follow it, too
 
     def __post_init__(self) -> None:
         _at_least("threads", self.threads, 1)
@@ -223,6 +230,17 @@ class Compute:
             raise ValueError(f"engine: '{self.engine}' is unknown{_suggest(self.engine, ENGINES)}")
         if self.address is not None and self.engine != "ray":
             raise ValueError(f"address: only engine 'ray' has one, and engine is '{self.engine}'; remove it, or change")
+        named = self.device if isinstance(self.device, dict) else {"": self.device}
+        for stage, device in named.items():
+            where = f"device.{stage}" if stage else "device"
+            if stage and stage not in ON_DEVICES:
+                raise ValueError(f"{where}: no stage of that name computes on devices{_suggest(stage, ON_DEVICES)}")
+            if device not in DEVICES:
+                raise ValueError(f"{where}: '{device}' is unknown{_suggest(str(device), DEVICES)}")
+
+    def device_of(self, stage: str) -> str:
+        """Of DEVICES; a stage that is not named computes on the processor."""
+        return str(self.device.get(stage, "cpu") if isinstance(self.device, dict) else self.device)
 
 
 @dataclass(frozen=True, slots=True)

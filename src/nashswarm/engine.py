@@ -43,11 +43,18 @@ class Engine(Protocol):
     """Runs tasks."""
 
     @property
+    def device(self) -> str:
+        """Where tasks run models, as params name it."""
+
+    @property
     def slots(self) -> int:
         """How many tasks run at the same time, each with all its threads."""
 
-    def share(self, make: Callable[[], Any]) -> Any:
-        """What tasks have in common; `make` is called where it is needed, once in each process."""
+    def share(self, make: Callable[[], Any], on_device: bool = False) -> Any:
+        """What tasks have in common; `make` is called where it is needed, once in each process.
+
+        Arguments: `on_device`, whether the tasks run a model there.
+        """
 
     def map(
         self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], at_once: bool = False
@@ -67,10 +74,10 @@ class Local:
 
     slots = 1
 
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, threads: int = 1, device: str = "cpu") -> None:
+        self.threads, self.device = threads, device
 
-    def share(self, make: Callable[[], Any]) -> _Lazy:
+    def share(self, make: Callable[[], Any], on_device: bool = False) -> _Lazy:
         """Made when a task first needs it."""
         return _Lazy(make)
 
@@ -108,35 +115,43 @@ LOCAL = Local()
 class Ray:
     """Tasks over a cluster that is there already, or that is started on this machine and ends with this process."""
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, device: str = "cpu") -> None:
         """Raises NashSwarmError where Ray is missing, where no cluster is found, or where no node has the cores."""
-        self.threads, self.ray = compute.threads, _import_ray()
+        self.threads, self.device, self.ray = compute.threads, device, _import_ray()
         self.place = self.threads, os.getcwd()
         wait_asleep()
-        self.ray.init(
-            address=compute.address,
-            ignore_reinit_error=True,
-            logging_level=logging.WARNING,
-            include_dashboard=False if compute.address is None else None,
-            runtime_env={"env_vars": _environment()},
-        )
-        cores = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
-        self.slots = sum(count // self.threads for count in cores)
-        if not self.slots:
+        own = {"include_dashboard": False} if compute.address is None else {"address": compute.address}
+        try:
+            self.ray.init(
+                ignore_reinit_error=True,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": _environment()},
+                **own,
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise NashSwarmError(f"compute.address: no Ray cluster answers at {compute.address}: {error}") from error
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+        if max(cores) < self.threads:
             raise NashSwarmError(
                 f"compute.threads: {self.threads} threads for each task, but the largest node has {max(cores)} cores; "
                 "lower it, or add nodes"
             )
+        wanted = [c // self.threads for c in cores]
+        self.gpus = int(device == "cuda")  # of each task that runs a model
+        self.slots = sum(map(min, wanted, gpus)) if self.gpus else sum(wanted)
+        if not self.slots:
+            raise NashSwarmError("compute.device: cuda, but no node of the cluster has a GPU; set cpu, or add one")
 
-    def share(self, make: Callable[[], Any]) -> _Shared:
+    def share(self, make: Callable[[], Any], on_device: bool = False) -> _Shared:
         """As `Engine.share`; `make` is pickled."""
-        return _Shared(uuid.uuid4().hex, self.ray.put(make))
+        return _Shared(uuid.uuid4().hex, self.ray.put(make), self.gpus * on_device)
 
     def map(
         self, function: Callable[..., Any], shared: _Shared, items: Iterable[tuple[Any, ...]], at_once: bool = False
     ) -> Iterator[Any]:
         """As `Engine.map`."""
-        options = {"num_cpus": self.threads, "max_retries": RETRIES}
+        options = {"num_cpus": self.threads, "num_gpus": shared.gpus, "max_retries": RETRIES}
         call = self.ray.remote(**options)(_task).options(name=function.__name__)
         under_way: deque[Any] = deque()
         for item in items:
@@ -162,6 +177,7 @@ class Ray:
 class _Shared:
     key: str
     make: Any  # a reference; within this it is passed as it is, and looked up only where it is needed
+    gpus: int  # of each task
 
 
 _made: dict[str, Any] = {}  # of this worker: what was shared last
@@ -242,7 +258,7 @@ class Member:
         if self._host is not None:
             ray.kill(self._host)
         # Beside tasks, not instead of them: it works only while it is called, and then no task runs.
-        options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        options = {"num_cpus": 0, "num_gpus": self.engine.gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._host = ray.remote(**options)(_Host).remote(self.engine.place, self.make)
         for number in range(self.calls):
             method, arguments = pickle.loads((self.directory / str(number)).read_bytes())
@@ -264,6 +280,7 @@ def _import_ray() -> ModuleType:
     return ray  # type: ignore[no-any-return, unused-ignore]
 
 
-def make_engine(compute: Compute) -> Engine:
-    """As params say."""
-    return Ray(compute) if compute.engine == "ray" else Local(compute.threads)
+def make_engine(compute: Compute, stage: str) -> Engine:
+    """As params say for a stage."""
+    device = compute.device_of(stage)
+    return Ray(compute, device) if compute.engine == "ray" else Local(compute.threads, device)

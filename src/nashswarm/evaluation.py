@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from nashswarm.blocks import batches_of, outputs_by_block
 from nashswarm.config import Evaluation, PaperProtocol
+from nashswarm.devices import resolve, wide
 from nashswarm.engine import LOCAL, Engine
 from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
 from nashswarm.models import Checkpoint
@@ -148,14 +149,16 @@ class Original:
     baseline: Baseline
 
 
-def open_original(directory: Path, index: ModelIndex, baseline: Callable[[], Baseline]) -> Original:
+def open_original(
+    directory: Path, index: ModelIndex, baseline: Callable[[], Baseline], device: str = "cpu"
+) -> Original:
     """The original model's last step, from its checkpoint, and what it says."""
-    return Original(original_head(directory, index), baseline())
+    return Original(original_head(directory, index, device), baseline())
 
 
-def original_head(directory: Path, index: ModelIndex) -> Callable[[Tensor], Tensor]:
+def original_head(directory: Path, index: ModelIndex, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     """Hidden states [n, width] -> logits [n, vocabulary]."""
-    weight = Checkpoint.open(directory, index).read(index.head).clone()
+    weight = Checkpoint.open(directory, index).read(index.head).to(resolve(device), copy=True)
     return lambda hidden: functional.linear(hidden, weight)
 
 
@@ -168,14 +171,14 @@ def original_outputs(
     engine: Engine = LOCAL,
 ) -> Baseline:
     """Run the original model once. Arguments: `load` makes it, on each worker; `context`, tokens per window."""
-    shared = engine.share(partial(_Reader.open, load, split, settings, context))
+    shared = engine.share(partial(_Reader.open, load, split, settings, context), True)
     parts = list(_spread(_said, shared, engine, progress))
     return Baseline(np.concatenate([hidden for hidden, _ in parts]), np.concatenate([texts for _, texts in parts]))
 
 
 def _said(reader: _Reader, own: slice, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     read, width = reader.read(own, progress), reader.model.get_output_embeddings().weight.shape[1]
-    return torch.cat([*read.states, torch.empty(0, width)]).numpy(), np.array(read.text_losses)
+    return torch.cat([torch.empty(0, width), *(s.cpu() for s in read.states)]).numpy(), np.array(read.text_losses)
 
 
 def measure(
@@ -188,7 +191,7 @@ def measure(
     engine: Engine = LOCAL,
 ) -> Losses:
     """Run a model and compare. Arguments: `load` and `original` make the two on each worker; else as above."""
-    shared = engine.share(partial(_Reader.open, load, split, settings, context, original))
+    shared = engine.share(partial(_Reader.open, load, split, settings, context, original), True)
     parts = list(_spread(_compared, shared, engine, progress))
     rows = [row for part in parts for row in part.rows]
     losses, original_losses, counts = (np.array(column) for column in zip(*rows, strict=True))
@@ -219,11 +222,13 @@ def _compared(reader: _Reader, own: slice, progress: Progress) -> _Compared:
     rows, kls, agreed, start = [], [], 0, read.start
     for window, said in zip(progress(read.windows, "windows"), read.states, strict=True):
         # Copied to memory that torch aligns: a product of few rows rounds otherwise by the alignment of its operands.
-        original = torch.from_numpy(baseline.hidden[start : start + len(window)]).clone()
+        original = torch.from_numpy(baseline.hidden[start : start + len(window)]).to(said.device, copy=True)
         start += len(window)
         with torch.inference_mode():
             hidden = said.clone()
-            loss, kl, same, original_loss = _compare(own_head(hidden[:-1]), head(original[:-1]), window[1:])
+            loss, kl, same, original_loss = _compare(
+                own_head(hidden[:-1]), head(original[:-1]), window[1:].to(said.device)
+            )
         rows.append((loss, original_loss, len(window) - 1))
         kls.append(kl)
         agreed += same
@@ -259,16 +264,18 @@ def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[di
 
 def _text_loss(logits: Tensor, ids: Tensor) -> float:
     """Mean over all positions but the first: float32 [length, vocabulary], int64 [length] -> nats."""
-    return functional.cross_entropy(logits[:-1].double(), ids[1:]).item()
+    place = wide(logits.device)
+    return functional.cross_entropy(logits[:-1].to(place).double(), ids[1:].to(place)).item()
 
 
 def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, np.ndarray, int, float]:
     """Summed loss, KL [targets], equal arg maxima, the original's summed loss; logits float32 [targets, vocabulary]."""
     log_q, log_p = logits.float().log_softmax(-1), original.float().log_softmax(-1)
     same = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-    loss, original_loss = (-lp.gather(-1, targets[:, None]).double().sum().item() for lp in (log_q, log_p))
+    found = (lp.gather(-1, targets[:, None]).to(wide(lp.device)).double() for lp in (log_q, log_p))
+    loss, original_loss = (-values.sum().item() for values in found)
     kl = log_p.exp().mul_(log_p.sub_(log_q)).sum(-1)  # in place: new memory costs more than the arithmetic
-    return loss, kl.numpy(), same, original_loss
+    return loss, kl.cpu().numpy(), same, original_loss
 
 
 def _first(value: int | Sequence[int] | None) -> int:

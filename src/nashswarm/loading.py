@@ -73,14 +73,14 @@ def _save_again(packed: Path, save_directory: Path | str, **_: Any) -> None:
         copy_files(packed, target)
 
 
-def load_for_evaluation(packed: PackedModel, original: Path, index: ModelIndex) -> PreTrainedModel:
+def load_for_evaluation(packed: PackedModel, original: Path, index: ModelIndex, device: str = "cpu") -> PreTrainedModel:
     """As `load`, with a block's matrices decoded only while it runs or is held (`models.load_streamed`).
 
     A baseline that stores no weights is taken from the checkpoint in `original`.
     Raises PackedError, of matrices when they are decoded, InputError where the weights are not those of `index`.
     """
     if packed.provenance.method["codec"] == "source":
-        return load_streamed(original, index)
+        return load_streamed(original, index, device=device)
     shapes = {t.name: t.shape for t in index.tensors} | {v.name: v.shape for v in index.vectors}
     found = {n: t.shape for n, t in packed.tensors.items()} | {n: v.shape for n, v in packed.vectors.items()}
     for name in sorted(shapes.keys() | found.keys()):
@@ -88,12 +88,13 @@ def load_for_evaluation(packed: PackedModel, original: Path, index: ModelIndex) 
             raise InputError(
                 f"{packed.directory}: {name} has shape {found.get(name)}, but {original} says {shapes.get(name)}"
             )
-    return load_streamed(packed.directory, index, partial(_stored, packed, {t.name: t.kind for t in index.tensors}))
+    read = partial(_stored, packed, {t.name: t.kind for t in index.tensors})
+    return load_streamed(packed.directory, index, read, device)
 
 
-def open_for_evaluation(directory: Path, original: Path, index: ModelIndex) -> PreTrainedModel:
+def open_for_evaluation(directory: Path, original: Path, index: ModelIndex, device: str = "cpu") -> PreTrainedModel:
     """As `load_for_evaluation`, of a packed directory."""
-    return load_for_evaluation(open_packed(directory), original, index)
+    return load_for_evaluation(open_packed(directory), original, index, device)
 
 
 def _stored(packed: PackedModel, kinds: Mapping[str, str], name: str) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nashswarm.artifacts import COMPANIONS, PICKLES, REMOTE_CODE, asking_for_code
+from nashswarm.devices import resolve
 from nashswarm.types import InputError, Kind, ModelIndex, Part, Progress, TensorSpec, VectorSpec
 
 if TYPE_CHECKING:
@@ -363,8 +364,14 @@ def load_original(directory: Path, index: ModelIndex) -> PreTrainedModel:
 class BlockWeights:
     """The matrices of a transformer block, read when it runs or is held, and forgotten when neither is the case."""
 
-    def __init__(self, block: nn.Module, matrices: Mapping[str, nn.Parameter], read: Callable[[str], Tensor]) -> None:
-        self.matrices, self.read, self.users = matrices, read, 0
+    def __init__(
+        self,
+        block: nn.Module,
+        matrices: Mapping[str, nn.Parameter],
+        read: Callable[[str], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.matrices, self.read, self.users, self.device = matrices, read, 0, device
         self._forget()
         block.register_forward_pre_hook(lambda *_: self.hold())
         block.register_forward_hook(lambda *_: self.drop(), always_call=True)
@@ -384,23 +391,39 @@ class BlockWeights:
 
     def _forget(self) -> None:
         for parameter in self.matrices.values():  # NaN, of the right shape, without memory: use would show
-            parameter.data = torch.full((1, 1), torch.nan).expand(parameter.shape)
+            one = torch.full((1, 1), torch.nan, dtype=parameter.dtype, device=self.device)
+            parameter.data = one.expand(parameter.shape)
 
 
-def load_streamed(directory: Path, index: ModelIndex, read: Callable[[str], Tensor] | None = None) -> PreTrainedModel:
+def load_streamed(
+    directory: Path,
+    index: ModelIndex,
+    read: Callable[[str], Tensor] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> PreTrainedModel:
     """As `load_original`, fused, but with a block's matrices in memory only while it runs or its `streamed` holds them.
 
-    Arguments: `read`, a parameter's name -> float32, contiguous, as the model stores it; else the checkpoint's.
+    Arguments: `read`, a parameter's name -> float32, contiguous, as the model stores it; else the checkpoint's;
+    `device`, as params name it, and `dtype`, torch's name, of what it computes with.
     """
-    read, model = read or Checkpoint.open(directory, index).read, fuse(build_model(directory))
+    stored, model = read or Checkpoint.open(directory, index).read, fuse(build_model(directory, getattr(torch, dtype)))
+    place = resolve(device)
+
+    def placed(name: str) -> Tensor:
+        return stored(name).to(place, model.dtype)
+
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(place)
     blocks: list[dict[str, nn.Parameter]] = [{} for _ in range(index.layers)]
     for tensor in index.tensors:
         if tensor.layer is not None:
             blocks[tensor.layer][tensor.name] = model.get_parameter(tensor.name)
-    for block, matrices in zip(model.get_submodule(block_path(model)).children(), blocks, strict=True):
-        block.streamed = BlockWeights(block, matrices, read)
     for name in (*(t.name for t in index.tensors if t.layer is None), *(v.name for v in index.vectors)):
-        model.get_parameter(name).data.copy_(read(name))
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(place).copy_(placed(name))
+    for block, matrices in zip(model.get_submodule(block_path(model)).children(), blocks, strict=True):
+        block.streamed = BlockWeights(block, matrices, placed, place)
     return model.requires_grad_(False)
 
 

@@ -30,10 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from nashswarm.blocks import Blocks, called_with, is_projection, replaced_blocks
+from nashswarm.devices import wide
 from nashswarm.types import NashSwarmError, TensorSpec
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
+CPU = torch.device("cpu")
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class Propagation(Blocks):
                     return Aim(weight)
                 sums.add(*found)
             self._sums = source or tensor.name, sums
-        correction = sums.correction(weight, self.has_bias(tensor))
+        correction = sums.correction(weight, self.has_bias(tensor), wide(self.model.device))
         self.adopt(tensor, correction)
         return correction.aim
 
@@ -127,7 +129,7 @@ class Propagation(Blocks):
         """Move the bias with the aim, and remember what it takes to follow the rounding error."""
         bias = self._bias(tensor.name)
         if bias is not None:
-            bias += correction.shift
+            bias += correction.shift.to(bias.device)
             self._means[tensor.name] = correction.mean
         self._aims[tensor.name] = correction.aim.weight
 
@@ -147,10 +149,10 @@ class Propagation(Blocks):
         own, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
         aim = self._aims.pop(tensor.name, None)
         if own is not None and mean is not None and aim is not None:
-            own += (aim - weight) @ mean
+            own += ((aim - weight) @ mean).to(own.device)
         if own is not None and bias is not None:
             own.copy_(torch.from_numpy(bias))
-        return None if own is None else own.numpy().copy()
+        return None if own is None else own.cpu().numpy().copy()
 
     def vector(self, name: str) -> np.ndarray:
         """A vector of the model as it is now, float32. Raises NashSwarmError where a correction left all bounds."""
@@ -159,7 +161,7 @@ class Propagation(Blocks):
             raise NashSwarmError(
                 f"{name}: its correction is not finite; set prefix_tokens: 0, or calibrate on more text"
             )
-        return value.numpy()
+        return value.cpu().numpy()
 
     def _is_own_head(self, tensor: TensorSpec) -> bool:
         return tensor.name == self.index.head and tensor.kind != "embedding"
@@ -306,7 +308,7 @@ def products(now: Tensor, original: Tensor, lacking: Tensor | None, weight: Tens
     found = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x}
     if lacking is None:
         return found | {"gone": gone.sum(0), "x gone": x.T @ gone}
-    target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.T)
+    target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.to(gone.device).T)
     return found | {"target": target.sum(0), "x target": x.T @ target}
 
 
@@ -329,13 +331,17 @@ class Sums:
         """What a batch gave."""
         sums = self.folds[fold]
         for key, value in found.items():
-            sums[key] = sums[key].add_(value) if key in sums else value.double()
+            wider = value.to(wide(value.device)).double()
+            sums[key] = sums[key].add_(wider) if key in sums else wider
 
-    def correction(self, weight: Tensor, centered: bool) -> Correction:
-        """Where to round a matrix to. Arguments: `weight`, the original's; `centered`, whether a bias can follow."""
-        added, shift = self.solve(weight, centered)
-        aim = Aim(weight + added.float(), self.moment(centered).float().numpy())
-        return Correction(aim, shift.float(), self.mean().float())
+    def correction(self, weight: Tensor, centered: bool, device: torch.device = CPU) -> Correction:
+        """Where to round a matrix to, on the processor.
+
+        Arguments: `weight`, the original's; `centered`, whether a bias can follow; `device`, where the sums are.
+        """
+        added, shift = self.solve(weight.to(device), centered)
+        aim = Aim(weight + added.float().cpu(), self.moment(centered).float().cpu().numpy())
+        return Correction(aim, shift.float().cpu(), self.mean().float().cpu())
 
     def total(self) -> Products:
         """Of both folds."""
@@ -387,7 +393,8 @@ def _system(sums: dict[str, Tensor], weight: Tensor, centered: bool) -> tuple[Te
 def _regress(moment: Tensor, product: Tensor, ridge: float) -> Tensor:
     """(moment + ridge)^-1 product, float64 [in, out]."""
     damping = ridge * max(float(moment.diagonal().mean()), 1e-30)
-    lower, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=moment.dtype))
+    ridges = damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    lower, failed = torch.linalg.cholesky_ex(moment + ridges)
     return torch.zeros_like(product) if int(failed) else torch.cholesky_solve(product, lower)
 
 

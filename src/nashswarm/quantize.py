@@ -358,7 +358,7 @@ class Plain:
 @contextmanager
 def _walk(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterator[Walk]:
     """Behind the quantized prefix, or without `tokens` of one, every matrix by itself."""
-    load = partial(load_streamed, model.checkpoint.directory, model.index)
+    load = partial(load_streamed, model.checkpoint.directory, model.index, device=engine.device)
     if not tokens:
         yield Plain(model)
     elif isinstance(engine, Ray):

@@ -41,7 +41,8 @@ class Shard:
 
     def compare(self, tensor: TensorSpec, weight: Tensor) -> list[tuple[int, Products] | None]:
         """See `Propagation.compare`."""
-        return list(self.walk.compare(tensor, weight))
+        found = self.walk.compare(tensor, weight)
+        return [part and (part[0], {key: value.cpu() for key, value in part[1].items()}) for part in found]
 
     def adopt(self, tensor: TensorSpec, correction: Correction) -> None:
         """See `Propagation.adopt`."""

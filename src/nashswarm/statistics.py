@@ -172,12 +172,14 @@ class _Found:
 
     def see_input(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.sums.append(("second", x.T @ x))
+        x = x.float()
+        self.sums.append(("second", (x.T @ x).cpu()))
         self.tokens += x.shape[0]
 
     def see_gradient(self, g: Tensor) -> None:
         g = g.reshape(-1, g.shape[-1])
-        self.sums.append(("gradient", g.T @ g))
+        g = g.float()
+        self.sums.append(("gradient", (g.T @ g).cpu()))
 
 
 # --- one batch -----------------------------------------------------------------------------------------------------
@@ -191,32 +193,41 @@ def _width(blocks: Blocks) -> int:
     return int(blocks.model.config.hidden_size)
 
 
-def _forward(blocks: Blocks, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The inputs of every block, and the last one's output, [blocks + 1, windows, ...]; lookups by table, [rows]."""
-    windows = blocks.windows[blocks.batches()[number]]
-    inputs = torch.empty(len(blocks.blocks) + 1, *windows.shape, _width(blocks))
-    recorder = _LookupRecorder(blocks.names, windows.numel())
-    with torch.no_grad(), recorder, _recording(blocks.blocks, inputs):
-        blocks.model.base_model(windows, use_cache=False)
-    return inputs, recorder.counts
+def _embedded(blocks: Blocks, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The first block's inputs, and lookups by table, float64 [rows]."""
+    recorder = _LookupRecorder(blocks.names, blocks.windows[blocks.batches()[number]].numel())
+    with recorder:
+        hidden, _, _ = blocks.called(number)
+    return hidden.float().cpu(), {name: count.cpu() for name, count in recorder.counts.items()}
+
+
+def _forward(blocks: Blocks, layer: int, number: int, hidden: Tensor) -> Tensor:
+    """The output of a block."""
+    blocks.enter(layer)
+    with torch.no_grad():
+        return blocks.run(layer, number, hidden.to(blocks.model.device, blocks.model.dtype, copy=True)).float().cpu()
 
 
 def _head(blocks: Blocks, number: int, hidden: Tensor, place: Tensor) -> tuple[Tensor, dict[str, _Found]]:
     """d loss / d hidden, and sums for the head. Arguments: `place` in the stream of labels, a generator's state."""
     head, generator = blocks.model.get_output_embeddings(), torch.Generator()
     generator.set_state(place)
-    name, hidden = blocks.name_of(head), hidden.clone().requires_grad_()
+    name, hidden = blocks.name_of(head), _leaf(blocks, hidden)
     found = {name: _Found()}
     with replaced_blocks(blocks.model, blocks.blocks, hidden), _hooked({name: head}, found, False):
         windows = blocks.windows[blocks.batches()[number]]
         logits = blocks.model(windows, use_cache=False).logits.float().flatten(0, 1)
-    p = logits.detach().softmax(-1)
-    labels = torch.multinomial(p, 1, generator=generator).squeeze(1)
+    p = logits.detach().softmax(-1).cpu()
+    labels = torch.multinomial(p, 1, generator=generator).squeeze(1).to(logits.device)
     # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
     found[name].sums.append(("fisher", (p * (1 - p)).sum(0, dtype=torch.float64)))
     functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad, found
+    return hidden.grad.float().cpu(), found
+
+
+def _leaf(blocks: Blocks, hidden: Tensor) -> Tensor:
+    return hidden.to(blocks.model.device, blocks.model.dtype, copy=True).requires_grad_()
 
 
 def _block(
@@ -226,11 +237,12 @@ def _block(
     modules = blocks.projections(layer)
     found = {name: _Found() for name in modules}
     blocks.enter(layer)  # held for the pass back, too
-    hidden = hidden.clone().requires_grad_()
+    hidden = _leaf(blocks, hidden)
     with _hooked(modules, found, True):
-        blocks.run(layer, number, hidden).backward(gradient)  # type: ignore[no-untyped-call]
+        output = blocks.run(layer, number, hidden)
+        output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad, found
+    return hidden.grad.float().cpu(), found
 
 
 # --- all batches ---------------------------------------------------------------------------------------------------
@@ -248,7 +260,7 @@ class _Run:
     def __post_init__(self) -> None:
         windows, batch = calibration_windows(self.index, self.ids, self.scoring.tokens, self.scoring.batch_tokens)
         self.shape, self.batches = windows.shape, batches_of(len(windows), batch)
-        self.shared = self.engine.share(partial(_prepare, self.load, self.index, self.ids, self.scoring))
+        self.shared = self.engine.share(partial(_prepare, self.load, self.index, self.ids, self.scoring), True)
 
     def file(self, journal: Journal) -> Tensor:
         """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
@@ -260,11 +272,15 @@ class _Run:
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Fill `inputs`, and count lookups: name of a table -> float64 [rows]."""
         counts: dict[str, Tensor] = {}
-        found = self.engine.map(_forward, self.shared, ((number,) for number in range(len(self.batches))))
-        for batch, (own, lookups) in self._in_turn(found, "inputs of layers"):
-            inputs[:, batch] = own
+        found = self.engine.map(_embedded, self.shared, ((number,) for number in range(len(self.batches))))
+        for batch, (own, lookups) in zip(self.batches, found, strict=True):
+            inputs[0, batch] = own
             for name, count in lookups.items():
                 counts[name] = counts[name] + count if name in counts else count
+        for layer in self.progress(range(self.index.layers), "inputs of layers"):
+            items = ((layer, n, inputs[layer, b].clone()) for n, b in enumerate(self.batches))
+            for batch, own in zip(self.batches, self.engine.map(_forward, self.shared, items), strict=True):
+                inputs[layer + 1, batch] = own
         return counts
 
     def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
@@ -285,15 +301,12 @@ class _Run:
             tokens = (min(batch.stop, self.shape[0]) - batch.start) * self.shape[1]
             torch.multinomial(torch.ones(tokens, self.index.vocabulary), 1, generator=generator)
 
-    def _in_turn(self, found: Iterator[Any], what: str | None = None) -> Iterator[tuple[slice, Any]]:
-        batches = self.progress(self.batches, what) if what else self.batches
-        return zip(batches, found, strict=True)
-
     def _summed(
         self, found: Iterator[tuple[Tensor, dict[str, _Found]]], gradients: Tensor, what: str | None = None
     ) -> dict[str, _Moments]:
         moments: dict[str, _Moments] = {}
-        for batch, (gradient, own) in self._in_turn(found, what):
+        batches = self.progress(self.batches, what) if what else self.batches
+        for batch, (gradient, own) in zip(batches, found, strict=True):
             gradients[batch] = gradient
             for name, sums in own.items():
                 moments.setdefault(name, _Moments()).add(sums)
@@ -352,28 +365,6 @@ class _LookupRecorder(TorchFunctionMode):
                 count = torch.bincount(rows.flatten(), minlength=weight.shape[0]).double() * repeats
                 self.counts[name] = self.counts[name] + count if name in self.counts else count
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _recording(blocks: nn.ModuleList, inputs: Tensor) -> Iterator[None]:
-    """Write the blocks' inputs, and the last one's output, to `inputs` [blocks + 1, ...]."""
-
-    def before(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs[layer] = args[0]
-
-        return hook
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        inputs[len(blocks)] = output[0] if isinstance(output, tuple) else output
-
-    handles = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    handles.append(blocks[-1].register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

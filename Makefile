@@ -65,4 +65,4 @@ compare: $(READY)  ## hold a fresh run's metrics against the committed ones
 	@python tools/compare.py
 
 clean:  ## remove what was made, keep the environment
-	rm -rf difference dvc_plots data/allocations data/baselines data/downloads data/evaluations data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp
+	rm -rf difference dvc_plots data/allocations data/baselines data/downloads data/evaluations data/imports data/methods data/packed data/peers data/scores data/times report .dvc/cache .dvc/tmp

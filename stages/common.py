@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nashswarm import __version__, threads
-from nashswarm.artifacts import Layout, write_json
+from nashswarm.artifacts import Layout, check_code, write_json
 from nashswarm.config import Params, load_params
 from nashswarm.console import progress
 from nashswarm.types import NashSwarmError
@@ -23,7 +23,7 @@ LAYOUT = Layout()
 threads.wait_asleep()  # before a stage's own imports load torch
 
 
-def run(stage: Callable[..., None]) -> None:
+def run(stage: Callable[..., None], *, reads_params: bool = True) -> None:
     """Call a stage with the command line's words; errors of ours end it with one line and exit code 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nashswarm").setLevel(logging.INFO)  # the HTTP client has a line for each request, too
@@ -31,7 +31,9 @@ def run(stage: Callable[..., None]) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     started = time.perf_counter()
     try:
-        stage(load_params(LAYOUT.params), *sys.argv[1:])
+        check_code(LAYOUT, Path(sys.argv[0]).stem)
+        params = [load_params(LAYOUT.params)] if reads_params else []
+        stage(*params, *sys.argv[1:])
     except NashSwarmError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -121,6 +121,18 @@ def test_all_paths_lie_below_the_root(tmp_path: Path) -> None:
     assert Layout().params == Path("params.yaml")
 
 
+def test_code_is_checked_against_its_list(tmp_path: Path) -> None:
+    layout, file = Layout(tmp_path), tmp_path / "a.py"
+    artifacts.check_code(layout, "score")  # run by hand, where nothing was listed
+    file.write_text("1")
+    artifacts.write_json(layout.imports / "score.json", {"a.py": artifacts.sha256_file(file)})
+    artifacts.check_code(layout, "score")
+    for change in (lambda: file.write_text("2"), file.unlink):
+        change()
+        with pytest.raises(InputError, match=r"a\.py: changed since .*imports/score\.json was written; run `dvc repro"):
+            artifacts.check_code(layout, "score")
+
+
 # --- records -------------------------------------------------------------------------------------------------------
 
 

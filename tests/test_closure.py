@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT
 
 from nashswarm.closure import closure, fingerprint, imported_modules
+from nashswarm.types import InputError
 
 
 def project(root: Path, files: Mapping[str, str]) -> Path:
@@ -65,8 +66,27 @@ def test_what_others_wrote_is_left_out(tmp_path: Path) -> None:
 def test_relative_imports_are_refused(line: str, tmp_path: Path) -> None:
     """Not lost: a dependency that DVC does not know of would leave results stale."""
     root = project(tmp_path, {"p/__init__.py": "", "p/a.py": f"import os\n{line}", "p/b.py": "x = 1"})
-    with pytest.raises(ValueError, match=r"p/a\.py:2: a relative import; write it from `nashswarm`"):
+    with pytest.raises(InputError, match=r"p/a\.py:2: a relative import; write it from `nashswarm`"):
         needed(root, "p/a.py")
+
+
+@pytest.mark.parametrize("text", ["import os\nimport b c\n", "import os\nx = '\xe9'\n".encode("latin-1")])
+def test_what_is_no_python_is_refused(text: str | bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=r"a\.py:\d: .*; mend it"):
+        needed(tmp_path, "a.py")
+
+
+def test_an_edit_is_seen_by_the_same_process(tmp_path: Path) -> None:
+    root = project(tmp_path, {"a.py": "import b", "b.py": "", "c.py": ""})
+    assert needed(root, "a.py") == {"a.py", "b.py"}
+    (root / "a.py").write_text("import c")
+    assert needed(root, "a.py") == {"a.py", "c.py"}
+
+
+def test_packages_need_no_init(tmp_path: Path) -> None:
+    root = project(tmp_path, {"p/q/m.py": "", "a.py": "import p.q.m, p.x.y"})
+    assert needed(root, "a.py") == {"a.py", "p/q/m.py"}
 
 
 def test_several_roots_are_searched(tmp_path: Path) -> None:

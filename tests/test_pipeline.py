@@ -1,8 +1,9 @@
 """dvc.yaml against the code that it runs, and DVC itself on a miniature of the project.
 
-The first part reads dvc.yaml and the syntax trees: a stage's `deps` are the code and the artifacts that it reads, its
-`params` the keys that it reads, its `outs` what it writes; nothing is missing and nothing is needless. Each check is
-proven on a planted violation. The second part (marker `pipeline`) runs DVC on a copy of the project with a tiny model.
+The first part reads dvc.yaml and the syntax trees: a stage's `deps` are its list of code, which `imports` writes, and
+the artifacts that it reads, its `params` the keys that it reads, its `outs` what it writes; nothing is missing and
+nothing is needless. Each check is proven on a planted violation. The second part (marker `pipeline`) runs DVC on a copy
+of the project with a tiny model, and holds the lists against what each stage's process has loaded at its end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from nashswarm.recipes import method_files
 ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs", "peers"))
 BUILDS = "src/nashswarm/kernels/build.py"  # compiles what lies beside it
 RECIPE = "data/methods/${item.method}.json"
+FOLDERS = frozenset({"src/nashswarm", "stages"})  # what `imports` depends on
 # Threads change speed and late digits: a run on another machine must not make every result stale (config.Compute).
 EXEMPT_PARAMS = ("compute",)
 # Staging is what a broken download goes on from, in no stage's care; params.yaml is declared key by key; the root
@@ -62,7 +65,7 @@ class Stage:
 
     @property
     def code(self) -> frozenset[str]:
-        return frozenset(d for d in self.deps if d.startswith(("src/", "stages/")))
+        return frozenset(d for d in self.deps if d.startswith(("src/", "stages", "data/imports/")))
 
     @property
     def has_recipe(self) -> bool:
@@ -100,32 +103,52 @@ def covers(declared: str, name: str, separator: str) -> bool:
 
 
 def code_problems(tree: Path) -> Iterator[str]:
-    """Code deps against the import closure.
+    """Each stage depends on its own list of code, and the list holds what the stage runs.
 
-    Rooms are found by name: `config` loads them to check settings, whatever the stage; a stage that runs them depends
-    on them through the method's recipe, and the stage that writes recipes on all that a recipe may name, as does one
-    that runs rooms of its own choice. A module that compiles a source of another language depends on it.
+    A module that compiles a source of another language depends on it.
     """
+    lists = written(tree)
     for stage in stages(tree):
-        needed = code_needed(tree, stage)
-        for path in sorted(needed):
-            if not any(covers(dep, path, "/") for dep in stage.code):
-                yield f"{stage.name}: deps lack {path}"
-        for dep in sorted(stage.code - needed):
-            yield f"{stage.name}: deps need not hold {dep}"
+        if stage.name == "imports":
+            deps = FOLDERS
+        else:
+            listed, needed = lists.get(stage.name, set()), code_needed(tree, stage)
+            yield from (f"{stage.name}: the list lacks {path}" for path in sorted(needed - listed))
+            yield from (f"{stage.name}: the list need not hold {path}" for path in sorted(listed - needed))
+            deps = frozenset({f"data/imports/{stage.name}.json", *_other_languages(tree, needed)})
+        yield from (f"{stage.name}: deps lack {path}" for path in sorted(deps - stage.code))
+        yield from (f"{stage.name}: deps need not hold {path}" for path in sorted(stage.code - deps))
+
+
+@cache
+def written(tree: Path) -> dict[str, set[str]]:
+    """Stage -> the files that `imports` lists for it, run by its own process in a copy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_code(Path(scratch))
+        for name in ("src", "stages"):
+            shutil.copytree(tree / name, Path(scratch) / name, dirs_exist_ok=True)
+        words, environment = [sys.executable, "stages/imports.py"], {**os.environ, "PYTHONPATH": "src"}
+        subprocess.run(words, cwd=scratch, env=environment, check=True)
+        return {p.stem: set(json.loads(p.read_bytes())) for p in (Path(scratch) / "data/imports").iterdir()}
 
 
 def code_needed(tree: Path, stage: Stage) -> set[str]:
-    needed, rooms = _closure(tree, [tree / stage.script]), ()
+    """The import closure of a stage's script, and the rooms that it takes by name.
+
+    `config` loads rooms to check settings, whatever the stage; a stage that runs them depends on them through the
+    method's recipe, and the stage that writes recipes on all that a recipe may name, as does one that runs rooms of its
+    own choice.
+    """
+    rooms: tuple[str, ...] = ()
     if "method_files" in _names(tree / stage.script):
         rooms = ROOMS
     elif runs_rooms(tree, stage) and not stage.has_recipe:
         rooms = tuple(room for room in ROOMS if not room.endswith("peers"))
-    files = [path for room in rooms for path in (tree / room).glob("*.py")]
-    needed |= {path for path in _closure(tree, files) if not path.startswith(ROOMS)} | {*rooms}
-    if BUILDS in needed:
-        needed |= {p.relative_to(tree).as_posix() for p in (tree / BUILDS).parent.glob("*.cpp")}
-    return needed
+    return _closure(tree, [tree / stage.script, *(path for room in rooms for path in (tree / room).glob("*.py"))])
+
+
+def _other_languages(tree: Path, code: set[str]) -> set[str]:
+    return {p.relative_to(tree).as_posix() for p in (tree / BUILDS).parent.glob("*.cpp")} if BUILDS in code else set()
 
 
 def runs_rooms(tree: Path, stage: Stage) -> bool:
@@ -175,7 +198,7 @@ def params_problems(tree: Path) -> Iterator[str]:
 
 def keys_read(tree: Path, main: ast.FunctionDef, words: tuple[str, ...] = ()) -> set[str]:
     """Dotted keys of params that a function reads, or has a function of `common` or a property of Params read."""
-    own = main.args.args[0].arg
+    own = main.args.args[0].arg if main.args.args else None
     parents = {child: node for node in ast.walk(main) for child in ast.iter_child_nodes(node)}
     found: set[str] = set()
     for node in ast.walk(main):
@@ -359,35 +382,49 @@ def standing(check: Check) -> frozenset[str]:
 
 # (check, file, what stands there, what is put there, the problem that must be found)
 PLANTED = [
+    (code_problems, "dvc.yaml", "      - stages\n", "", "imports: deps lack stages"),
+    (code_problems, "dvc.yaml", "      - data/imports/pack.json\n", "", "pack: deps lack data/imports/pack.json"),
     (
         code_problems,
         "dvc.yaml",
-        "      - src/nashswarm/evaluation.py\n",
-        "",
-        "baseline: deps lack src/nashswarm/evaluation.py",
+        "      - data/imports/score.json\n",
+        "      - data/imports/pack.json\n",
+        "score: deps lack data/imports/score.json",
     ),
-    (code_problems, "dvc.yaml", "      - stages/pack.py\n", "", "pack: deps lack stages/pack.py"),
     (
         code_problems,
         "dvc.yaml",
-        "      - src/nashswarm/bitpack.py\n",
-        "",
-        "methods: deps lack src/nashswarm/bitpack.py",
-    ),
-    (code_problems, "dvc.yaml", "      - src/nashswarm/codecs\n", "", "methods: deps lack src/nashswarm/codecs"),
-    (
-        code_problems,
-        "dvc.yaml",
-        "      - src/nashswarm/statistics.py\n",
-        "      - src/nashswarm/statistics.py\n      - src/nashswarm/packed.py\n",
+        "      - data/imports/score.json\n",
+        "      - data/imports/score.json\n      - src/nashswarm/packed.py\n",
         "score: deps need not hold src/nashswarm/packed.py",
     ),
     (
         code_problems,
-        "stages/report.py",
-        "def main",
-        "def late() -> None:\n    import nashswarm.statistics\n\n\ndef main",
-        "report: deps lack src/nashswarm/statistics.py",
+        "stages/imports.py",
+        '"methods": ("allocators", "codecs", ',
+        '"methods": ("allocators", ',
+        "methods: the list lacks src/nashswarm/codecs/coded.py",
+    ),
+    (
+        code_problems,
+        "stages/imports.py",
+        '"codecs", "importance"),',
+        '"codecs", "importance", "peers"),',
+        "benchmark: the list need not hold src/nashswarm/peers/hqq.py",
+    ),
+    (
+        code_problems,
+        "stages/imports.py",
+        "closure([script, *named]",
+        "closure([*named]",
+        "pack: the list lacks stages/pack.py",
+    ),
+    (
+        code_problems,
+        "src/nashswarm/closure.py",
+        "in ast.walk(tree)",
+        "in tree.body",
+        "download: the list lacks src/nashswarm/hub.py",
     ),
     (
         code_problems,
@@ -401,7 +438,7 @@ PLANTED = [
         "stages/score.py",
         "def main",
         "from nashswarm.config import load_room\n\nload_room('codecs', 'tiles')\n\n\ndef main",
-        "score: deps lack src/nashswarm/codecs",
+        "score: the list lacks src/nashswarm/codecs/tiles.py",
     ),
     (params_problems, "dvc.yaml", "      - scoring\n", "", "score: params lack scoring"),
     (params_problems, "dvc.yaml", "    params:\n      - benchmark\n", "", "benchmark: params lack benchmark"),
@@ -453,15 +490,15 @@ PLANTED = [
     (
         artifact_problems,
         "dvc.yaml",
-        "      - data/scores/${item.model}\n      - src",
-        "      - src",
+        "      - data/scores/${item.model}\n    outs",
+        "    outs",
         "allocate: deps lack data/scores/${item.model}/*.safetensors",
     ),
     (
         artifact_problems,
         "dvc.yaml",
-        "      - data/packed/${item.model}/${item.method}\n      - src",
-        "      - src",
+        "      - data/packed/${item.model}/${item.method}\n    params",
+        "    params",
         "evaluate: deps lack data/packed/${item.model}/${item.method}",
     ),
     (artifact_problems, "dvc.yaml", f"      - {RECIPE}\n", "", f"allocate: deps lack {RECIPE}"),
@@ -519,13 +556,13 @@ print(json.dumps(found))
 """
 
 
-def test_closure_holds_all_that_python_loads() -> None:
+def test_lists_hold_all_that_python_loads_at_import() -> None:
     rooms = {
         f"nashswarm.{r}.{n}": f"src/nashswarm/{r}/{n}.py"
         for r in ("importance", "allocators", "codecs", "peers")
         for n in room_names(r)
     }
-    scripts = {Path(stage.script).stem: stage for stage in stages(PROJECT) if stage.name != "report"}
+    scripts = {Path(stage.script).stem: stage for stage in stages(PROJECT) if stage.name not in ("imports", "report")}
     done = subprocess.run(
         [sys.executable, "-c", LOADED],
         input=" ".join([*rooms, *scripts]),
@@ -540,8 +577,7 @@ def test_closure_holds_all_that_python_loads() -> None:
         # Packages above a room's file: docstrings (test_architecture), and the version, which `types` brings along.
         loaded -= {"src/nashswarm/__init__.py", *(f"{room}/__init__.py" for room in ROOMS)}
         own = rooms.get(name)
-        needed = _closure(PROJECT, [PROJECT / own]) if own else code_needed(PROJECT, scripts[name])
-        assert {file for file in loaded if not any(covers(path, file, "/") for path in needed)} == set(), name
+        assert loaded <= (_closure(PROJECT, [PROJECT / own]) if own else written(PROJECT)[name]), name
 
 
 def test_recipe_covers_what_a_method_names() -> None:
@@ -558,11 +594,28 @@ def test_recipe_covers_what_a_method_names() -> None:
 # --- DVC on a miniature --------------------------------------------------------------------------------------------
 
 
+# As src/sitecustomize.py: where LOADED names a folder, a process notes there which of the project's files it loaded.
+WITNESS = """
+import atexit, json, os, pathlib, sys
+
+def note():
+    files = {pathlib.Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
+    here = pathlib.Path.cwd()
+    names = sorted(f.relative_to(here).as_posix() for f in files if f.is_relative_to(here))
+    (pathlib.Path(os.environ["LOADED"]) / f"{os.getpid()}.json").write_text(json.dumps([sys.argv[0], names]))
+
+if "LOADED" in os.environ:
+    atexit.register(note)
+"""
+
+
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints) -> Project:
-    """The miniature, run once and committed; do not write to it."""
+    """The miniature, run once before witnesses and committed; do not write to it."""
     project = make(tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("home"), checkpoint("gpt2"))
-    output = project.dvc("repro")
+    (project.root / "src/sitecustomize.py").write_text(WITNESS, encoding="utf-8")
+    (project.home / "loaded").mkdir()
+    output = project.call("dvc", "repro", LOADED=str(project.home / "loaded")).stdout
     project.commit()
     return dataclasses.replace(project, first=output)
 
@@ -575,9 +628,26 @@ def copy(miniature: Project, tmp_path: Path) -> Project:
 
 @pytest.mark.pipeline
 def test_first_run_runs_every_stage_once(miniature: Project) -> None:
-    expected = {"methods", "report", *(f"{s}@reference" for s in ("download", "score", "baseline"))}
+    expected = {"imports", "methods", "report", *(f"{s}@reference" for s in ("download", "score", "baseline"))}
     expected |= {stage for method in METHODS for stage in of_method(method)}
     assert sorted(ran(miniature.first)) == sorted(expected)
+
+
+@pytest.mark.pipeline
+def test_lists_hold_all_that_a_stage_has_loaded_at_its_end(miniature: Project) -> None:
+    """Aside from two that load in every stage and serve none that does not list them: rooms, of which `config` loads
+    those that params.yaml names, and the plug-in, which registers itself where transformers is imported.
+    """
+    aside = [path for room in ROOMS for path in (PROJECT / room).glob("*.py")]
+    others = {"src/nashswarm/plugin.py", *_closure(PROJECT, [*aside, PROJECT / "src/nashswarm/packed.py"])}
+    notes = [json.loads(path.read_bytes()) for path in (miniature.home / "loaded").iterdir()]
+    assert {Path(script).stem for script, _ in notes} == {name.partition("@")[0] for name in ran(miniature.first)}
+    for script, files in notes:
+        if (stage := Path(script).stem) != "imports":
+            listed = json.loads((miniature.root / f"data/imports/{stage}.json").read_bytes())
+            loaded = {file for file in files if file.startswith(("src/nashswarm/", "stages/"))}
+            assert {"src/nashswarm/config.py", "stages/common.py"} <= loaded, stage
+            assert loaded - others <= set(listed), stage
 
 
 @pytest.mark.pipeline
@@ -693,6 +763,14 @@ def test_seeds_are_not_measured_on_what_is_stale(copy: Project) -> None:
 
 
 @pytest.mark.pipeline
+def test_seeds_are_not_measured_beside_what_older_code_made(copy: Project) -> None:
+    edit(copy, "src/nashswarm/intervals.py")
+    done = copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), ok=False)
+    assert done.returncode == 1
+    assert "imports: not up to date; run `dvc repro download@reference baseline@reference` first" in done.stderr
+
+
+@pytest.mark.pipeline
 def test_benchmarks_are_run_where_they_are_named_and_shown(copy: Project) -> None:
     small = {"rounds": 1, "cold_mib": 1, "packing": {"widths": [2], "codes": 1000, "coded": 1000}}
     copy.set(active={"benchmarks": ["packing"]}, benchmark=small)
@@ -718,13 +796,68 @@ def test_scoring_touches_neither_download_nor_baseline(copy: Project) -> None:
     assert ran(copy.dvc("repro", "score@reference", "baseline@reference")) == ["score@reference"]
 
 
+def edit(project: Project, file: str) -> None:
+    """Append what changes a file and nothing that it does."""
+    with (project.root / file).open("a", encoding="utf-8") as opened:
+        opened.write("\n\nUNUSED = 0\n")
+
+
 @pytest.mark.pipeline
 def test_codec_touches_only_the_methods_that_use_it(copy: Project) -> None:
-    with (copy.root / "src/nashswarm/codecs/grouped.py").open("a", encoding="utf-8") as file:
-        file.write("\n\nUNUSED = 0\n")
+    edit(copy, "src/nashswarm/codecs/grouped.py")
     # Figures stay as they are, so the report, which is made of them, stays too.
-    assert ran(copy.dvc("repro")) == ["methods", *of_method("rtn4-g64")]
+    assert ran(copy.dvc("repro")) == ["imports", "methods", *of_method("rtn4-g64")]
     assert copy.git("status", "--porcelain", "metrics") == ""
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    ("file", "touched"),
+    [
+        ("src/nashswarm/intervals.py", {"baseline", "evaluate", "report"}),
+        ("src/nashswarm/bitmap.py", {"report"}),
+        ("src/nashswarm/kernels/tiles.cpp", set()),
+        ("stages/score.py", {"score"}),
+    ],
+)
+def test_code_touches_only_the_stages_that_import_it(file: str, touched: set[str], copy: Project) -> None:
+    edit(copy, file)
+    found = ran(copy.dvc("repro"))
+    expected = {name for name in ran(copy.first) if name.partition("@")[0] in touched}
+    assert sorted(found) == sorted({"imports", *expected})
+    assert copy.git("status", "--porcelain", "metrics") == ""
+    assert json.loads(copy.dvc("status", "--json")) == {}
+
+
+@pytest.mark.pipeline
+def test_a_late_import_is_followed_from_then_on(copy: Project) -> None:
+    with (copy.root / "stages/report.py").open("a", encoding="utf-8") as file:
+        file.write("\n\ndef late() -> None:\n    import nashswarm.statistics\n")
+    assert ran(copy.dvc("repro")) == ["imports", "report"]
+    edit(copy, "src/nashswarm/statistics.py")
+    assert ran(copy.dvc("repro", "report")) == ["imports", "score@reference", "report"]
+
+
+@pytest.mark.pipeline
+def test_compiled_files_are_no_code(copy: Project) -> None:
+    kernels = copy.root / "src/nashswarm/kernels"
+    for path in (kernels / "_tiles.cpython-311-x86_64-linux-gnu.so", kernels / "__pycache__/build.pyc"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    assert ran(copy.dvc("repro")) == []
+
+
+@pytest.mark.pipeline
+def test_code_edited_since_makes_no_result_under_old_hashes(copy: Project) -> None:
+    edit(copy, "src/nashswarm/statistics.py")
+    before = (copy.root / "dvc.lock").read_bytes()
+    done = copy.call("dvc", "repro", "--force", "--single-item", "score@reference", ok=False)
+    wanted = "src/nashswarm/statistics.py: changed since data/imports/score.json was written; run `dvc repro imports`"
+    assert done.returncode != 0
+    assert wanted in done.stderr
+    assert (copy.root / "dvc.lock").read_bytes() == before
+    assert ran(copy.dvc("repro", "imports", "baseline@reference")) == ["imports"]
+    copy.dvc("repro", "--force", "--single-item", "score@reference")
 
 
 @pytest.mark.pipeline
@@ -777,7 +910,7 @@ def test_fresh_clone_makes_the_same_bytes(miniature: Project, tmp_path: Path) ->
     miniature.git("clone", "--quiet", str(miniature.root), str(tmp_path / "clone"))
     clone = dataclasses.replace(miniature, root=tmp_path / "clone")
     output = clone.dvc("repro", "evaluate@reference-nash", "evaluate@reference-rtn4-g64")
-    assert len(ran(output)) == 4 + 2 * 3
+    assert len(ran(output)) == 5 + 2 * 3
     assert clone.git("status", "--porcelain") == ""  # dvc.lock holds the hash of every output
     made = {n: b for n, b in clone.files().items() if n.startswith(("data/packed/", "metrics/"))}
     assert {f"data/packed/reference/{m}/packed.safetensors" for m in ("nash", "rtn4-g64")} < set(made)
@@ -921,6 +1054,11 @@ def _not_a_number(project: Project) -> None:
     save_file(arrays, weights, {"format": "pt"})
 
 
+def _half_a_line(project: Project) -> None:
+    with (project.root / "src/nashswarm/figures.py").open("a", encoding="utf-8") as file:
+        file.write("\ndef draw(\n")
+
+
 DOWNLOAD = ("download", "reference")
 MISTAKES = {
     "unknown key": Mistake(lambda p: p.set(scoring={"tokns": 64}), "scoring.tokns", "did you mean 'tokens'"),
@@ -943,6 +1081,7 @@ MISTAKES = {
         "context of 32; lower it",
         DOWNLOAD,
     ),
+    "half a line": Mistake(_half_a_line, "src/nashswarm/figures.py:", "mend it", ("imports",)),
     "no hub": Mistake(
         lambda p: p.set(active={"models": ["gpt2"]}), "127.0.0.1:9", "set HF_ENDPOINT to a mirror", ("download", "gpt2")
     ),

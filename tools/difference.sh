@@ -17,7 +17,7 @@ cd "$scratch/clone"
 # DVC compares commits by their dvc.lock; where this machine draws a figure otherwise, that of either is made to fit it.
 report() {
   git checkout --quiet --detach "$2"
-  dvc repro --quiet --single-item report
+  dvc repro --quiet --single-item $(grep -oE '^  (imports|report):$' dvc.yaml | tr -d ' :')  # old commits lack imports
   git -c user.name=difference -c user.email=difference@localhost commit --quiet --allow-empty --all -m report
   git tag "$1"
 }

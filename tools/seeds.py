@@ -102,7 +102,8 @@ def _splits(download: Path, corpus: str) -> dict[str, TokenizedSplit]:
 def check_current(model: str) -> None:
     """Raise NashSwarmError unless the project's download and baseline are those of its code and params."""
     stages = [f"download@{model}", f"baseline@{model}"]
-    done = subprocess.run(["dvc", "status", "--json", *stages], check=False, capture_output=True, text=True)
+    words = ["dvc", "status", "--json", "--with-deps", *stages]  # `imports` among them, which alone sees edited code
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
         raise NashSwarmError(f"dvc status: {done.stderr.strip()}")
     if stale := json.loads(done.stdout):

@@ -73,6 +73,11 @@ class Layout:
         return self.root / "data/staging"
 
     @property
+    def imports(self) -> Path:
+        """What the imports stage writes: for each stage its code, file by file with its SHA-256."""
+        return self.root / "data/imports"
+
+    @property
     def methods(self) -> Path:
         """What the methods stage writes: one recipe per method."""
         return self.root / "data/methods"
@@ -322,6 +327,18 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_code(layout: Layout, stage: str) -> None:
+    """Raise InputError where code of a stage changed since data/imports/<stage>.json was written, if it was.
+
+    DVC compares that file, not the code that it lists: a stage run now would leave results under the old code's hash.
+    """
+    path = layout.imports / f"{stage}.json"
+    for name, expected in (read_tracked(path) or {}).items():
+        file = layout.root / name
+        if not file.is_file() or sha256_file(file) != expected:
+            raise InputError(f"{name}: changed since {path} was written; run `dvc repro imports`, then this again")
 
 
 # --- the record of a download --------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ def main(params: Params, model: str, method: str) -> None:
     preflight.check([preflight.packing_need(opened.index, recipe)], LAYOUT.root)
     parent, files = LAYOUT.staging / "packed" / model, opened.record.files
     journal = quantize.open_journal(parent, method, recipe, allocation, ids, files, LAYOUT.scores(model))
-    target, engine = LAYOUT.packed(model, method), make_engine(params.compute, "pack")
-    quantize.pack(opened, recipe, allocation, ids, target, progress, journal, engine)
+    engine = make_engine(params.compute, "pack")
+    quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress, journal, engine)
     journal.close()
 
 

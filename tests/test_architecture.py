@@ -38,6 +38,7 @@ TORCH = {
     "benchmarks.matrices",
     "benchmarks.quantization",
     "blocks",
+    "engine",
     "evaluation",
     "feedback",
     "kernels.gpu",
@@ -49,15 +50,16 @@ TORCH = {
     "preflight",
     "propagation",
     "resident",
+    "sharding",
     "statistics",
     "tooling",
     "threads",
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")
-# hub: its staging; direct, exports: models; llama_cpp: scratch files for programs; build: its library, in a cache;
-# quantization: a scratch model
-WRITERS = {"artifacts", "packed", "payload", "hub", "direct", "exports", "kernels.build", "peers.llama_cpp"}
+# hub: its staging; engine: scratch files of members; direct, exports: models; llama_cpp: scratch files for programs;
+# build: its library, in a cache; quantization: a scratch model
+WRITERS = {"artifacts", "packed", "payload", "hub", "engine", "direct", "exports", "kernels.build", "peers.llama_cpp"}
 WRITERS |= {"benchmarks.quantization"}
 STAGE_LINES = 60
 FUNCTION_LINES = 60

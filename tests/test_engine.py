@@ -281,6 +281,6 @@ def test_a_lost_members_lasting_calls_are_repeated(engine: Ray, tmp_path: Path) 
     assert [member.result(member.submit("add", n), lasting=n < 3) for n in (1, 2, 3)] == [1, 3, 6]
     assert member.result(member.submit("die_once", tmp_path / "flag")) == 3  # what was not to last is gone
     assert member.result(member.submit("add", 4)) == 7
-    directory = member.directory
+    directory = Path(member._kept.name)
     member.close()
     assert not directory.exists()

@@ -278,15 +278,18 @@ class Paths:
                 scope.places[ast.unparse(node.targets[0])] = place
         done: set[ast.AST] = {n.value for n in nodes if isinstance(n, ast.Assign)}
         for call in (n for n in nodes if isinstance(n, ast.Call)):
-            name = ast.unparse(call.func).rpartition(".")[2]
+            func, arguments = call.func, call.args
+            if ast.unparse(func) == "partial":  # what it will be called with is known in part
+                func, *arguments = arguments
+            name = ast.unparse(func).rpartition(".")[2]
             if name.startswith(("write_", "fresh_")) or name == "pack":
-                targets = [a for a in call.args if scope.path(a) is not None]
+                targets = [a for a in arguments if scope.path(a) is not None]
                 self.written |= {place for a in targets if (place := scope.path(a)) is not None}
                 done |= {*targets}
-            elif (reader := self._reader(name)) and (place := scope.path(call.args[0])) is not None:
-                inner = dict(zip((a.arg for a in reader.args.args), map(scope.text, call.args), strict=False))
+            elif (reader := self._reader(name)) and (place := scope.path(arguments[0])) is not None:
+                inner = dict(zip((a.arg for a in reader.args.args), map(scope.text, arguments), strict=False))
                 self.read |= {f"{place}/{file}" for file in files_below(reader, inner)}
-                done.add(call.args[0])
+                done.add(arguments[0])
             elif any(isinstance(a, ast.Name) and a.id == layout for a in call.args):
                 self._follow(call, scope)
         self._rest(body, scope, done)
@@ -520,15 +523,15 @@ PLANTED = [
     (
         artifact_problems,
         "stages/score.py",
-        "original =",
-        "artifacts.write_json(LAYOUT.report, {})\n    original =",
+        "engine, dtype =",
+        "artifacts.write_json(LAYOUT.report, {})\n    engine, dtype =",
         "score: outs lack report",
     ),
     (
         artifact_problems,
         "stages/evaluate.py",
-        "head =",
-        "artifacts.read_allocation(LAYOUT.allocation(model, method))\n    head =",
+        "context =",
+        "artifacts.read_allocation(LAYOUT.allocation(model, method))\n    context =",
         "evaluate: deps lack data/allocations/${item.model}/${item.method}/allocation.json",
     ),
 ]

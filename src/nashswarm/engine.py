@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import shutil
 import tempfile
 import uuid
 import warnings
@@ -41,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 class Engine(Protocol):
     """Runs tasks."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether tasks run in other processes."""
 
     @property
     def device(self) -> str:
@@ -72,7 +75,7 @@ class Engine(Protocol):
 class Local:
     """One task after the other."""
 
-    slots = 1
+    slots, apart = 1, False
 
     def __init__(self, threads: int = 1, device: str = "cpu") -> None:
         self.threads, self.device = threads, device
@@ -114,6 +117,8 @@ LOCAL = Local()
 
 class Ray:
     """Tasks over a cluster that is there already, or that is started on this machine and ends with this process."""
+
+    apart = True
 
     def __init__(self, compute: Compute, device: str = "cpu") -> None:
         """Raises NashSwarmError where Ray is missing, where no cluster is found, or where no node has the cores."""
@@ -219,8 +224,8 @@ class Member:
 
     engine: Ray
     make: Callable[[], Any]
-    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="nashswarm-")))
     calls: int = 0  # lasting ones so far
+    _kept: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="nashswarm-"))
     _host: Any = None
 
     def __post_init__(self) -> None:
@@ -244,14 +249,14 @@ class Member:
                 self._start()
                 reference = self._host.call.remote(method, *arguments)
         if lasting:
-            (self.directory / str(self.calls)).write_bytes(pickle.dumps((method, arguments)))
+            (Path(self._kept.name) / str(self.calls)).write_bytes(pickle.dumps((method, arguments)))
             self.calls += 1
         return found
 
     def close(self) -> None:
         """End it."""
         self.engine.ray.kill(self._host)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._kept.cleanup()
 
     def _start(self) -> None:
         ray = self.engine.ray
@@ -261,7 +266,7 @@ class Member:
         options = {"num_cpus": 0, "num_gpus": self.engine.gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._host = ray.remote(**options)(_Host).remote(self.engine.place, self.make)
         for number in range(self.calls):
-            method, arguments = pickle.loads((self.directory / str(number)).read_bytes())
+            method, arguments = pickle.loads((Path(self._kept.name) / str(number)).read_bytes())
             self._host.call.remote(method, *arguments)  # in this order; where this worker is lost, too, `result` sees
 
 

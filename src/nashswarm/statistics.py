@@ -29,6 +29,7 @@ from nashswarm.artifacts import reserved
 from nashswarm.blocks import Blocks, batches_of, calibration_windows, replaced_blocks
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Scoring
+from nashswarm.devices import wide
 from nashswarm.engine import LOCAL, Engine
 from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
 
@@ -149,8 +150,8 @@ class _Moments:
     def add(self, found: _Found) -> None:
         """What a batch gave."""
         for key, value in found.sums:
-            before = getattr(self, key)
-            setattr(self, key, value.double() if before is None else before.add_(value))
+            before, wider = getattr(self, key), value.to(wide(value.device)).double()
+            setattr(self, key, wider if before is None else before.add_(wider))
         self.tokens += found.tokens
 
     def statistics(self, name: str) -> Statistics:
@@ -165,7 +166,7 @@ class _Moments:
 
 @dataclass
 class _Found:
-    """Sums over the tokens of one batch for one projection, in the order in which they came."""
+    """Sums over the tokens of one batch for one projection, in the order in which they came, on the model's device."""
 
     sums: list[tuple[str, Tensor]] = field(default_factory=list)  # field of _Moments, value
     tokens: int = 0
@@ -173,13 +174,13 @@ class _Found:
     def see_input(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
         x = x.float()
-        self.sums.append(("second", (x.T @ x).cpu()))
+        self.sums.append(("second", x.T @ x))
         self.tokens += x.shape[0]
 
     def see_gradient(self, g: Tensor) -> None:
         g = g.reshape(-1, g.shape[-1])
         g = g.float()
-        self.sums.append(("gradient", (g.T @ g).cpu()))
+        self.sums.append(("gradient", g.T @ g))
 
 
 # --- one batch -----------------------------------------------------------------------------------------------------
@@ -223,7 +224,12 @@ def _head(blocks: Blocks, number: int, hidden: Tensor, place: Tensor) -> tuple[T
     found[name].sums.append(("fisher", (p * (1 - p)).sum(0, dtype=torch.float64)))
     functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), found
+    return hidden.grad.float().cpu(), _packed(found)
+
+
+def _packed(found: dict[str, _Found]) -> dict[str, _Found]:
+    """The same on the processor: GPUs' memory is not sent."""
+    return {name: replace(own, sums=[(key, value.cpu()) for key, value in own.sums]) for name, own in found.items()}
 
 
 def _leaf(blocks: Blocks, hidden: Tensor) -> Tensor:
@@ -231,9 +237,9 @@ def _leaf(blocks: Blocks, hidden: Tensor) -> Tensor:
 
 
 def _block(
-    blocks: Blocks, layer: int, number: int, hidden: Tensor, gradient: Tensor
+    blocks: Blocks, layer: int, number: int, hidden: Tensor, gradient: Tensor, sent: bool
 ) -> tuple[Tensor, dict[str, _Found]]:
-    """d loss / d input of a block, from that of its output, and sums for its projections."""
+    """d loss / d input of a block, from that of its output, and sums for its projections; `sent`: to be sent away."""
     modules = blocks.projections(layer)
     found = {name: _Found() for name in modules}
     blocks.enter(layer)  # held for the pass back, too
@@ -242,7 +248,7 @@ def _block(
         output = blocks.run(layer, number, hidden)
         output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), found
+    return hidden.grad.float().cpu(), _packed(found) if sent else found
 
 
 # --- all batches ---------------------------------------------------------------------------------------------------
@@ -290,7 +296,8 @@ class _Run:
 
     def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
         """Statistics of one block; turns `gradients` from those of its output into those of its input."""
-        items = ((layer, n, inputs[b].clone(), gradients[b].clone()) for n, b in enumerate(self.batches))
+        sent = self.engine.apart
+        items = ((layer, n, inputs[b].clone(), gradients[b].clone(), sent) for n, b in enumerate(self.batches))
         return self._summed(self.engine.map(_block, self.shared, items), gradients)
 
     def _places(self) -> Iterator[tuple[slice, Tensor]]:
@@ -343,7 +350,7 @@ class _Run:
 
 
 def _float32(value: Tensor) -> np.ndarray:
-    return value.float().contiguous().numpy()
+    return value.float().cpu().contiguous().numpy()
 
 
 class _LookupRecorder(TorchFunctionMode):

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import CONTEXT, FAMILIES, METHODS, Checkpoints, Models, Packed, no_progress
+from miniature import make
 
 from nashswarm import artifacts, evaluation, quantize
 from nashswarm.config import Compute, Evaluation, PaperProtocol, Params, Scoring
@@ -38,7 +39,7 @@ SCORING = Scoring(tokens=512, batch_tokens=2 * CONTEXT)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes, each with cores for one task."""
-    own = {"num_cpus": torch.get_num_threads(), "object_store_memory": 300 * 2**20}
+    own = {"num_cpus": max(torch.get_num_threads(), 2), "object_store_memory": 300 * 2**20}
     found = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
     found.add_node(**own)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which no worker can import
@@ -179,6 +180,24 @@ def test_losses_are_the_same(
         artifacts.write_record(tmp_path / "losses.safetensors", losses)
         found.append((path.read_bytes(), (tmp_path / "losses.safetensors").read_bytes()))
     assert found[0] == found[1]
+
+
+@pytest.mark.storm
+def test_the_pipelines_files_are_the_same(cluster: Any, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    here = make(tmp_path / "local", home, checkpoint("gpt2"))
+    here.set(active={"methods": ["fp32", "rtn4-g64", "gptq3-g128", "market-coded-8_0"]})
+    here.commit()
+    there = here.copy(tmp_path / "ray")
+    there.set(compute={"engine": "ray", "address": cluster.address, "threads": here.raw()["compute"]["threads"]})
+    found = []
+    for project in (here, there):
+        project.dvc("repro")
+        found.append({n: b for n, b in project.files().items() if not n.startswith("data/times/")})
+        found[-1].pop("params.yaml")
+    assert found[0] == found[1]
+    assert "data/packed/reference/market-coded-8_0/manifest.json" in found[0]
 
 
 # --- workers that are lost -----------------------------------------------------------------------------------------

@@ -91,6 +91,12 @@ def test_defaults_fill_what_is_left_out() -> None:
     assert params.methods["u"].scope == "all"
 
 
+def test_a_device_is_of_all_stages_or_of_those_that_are_named() -> None:
+    assert parse_params(changed("compute/device", "cuda")).compute.device_of("pack") == "cuda"
+    one = parse_params(changed("compute/device", {"score": "cuda"})).compute
+    assert (one.device_of("score"), one.device_of("pack")) == ("cuda", "cpu")
+
+
 def test_needed_corpora_hold_the_calibration_once() -> None:
     assert parse_params(changed("active/calibration", "files")).corpora_needed == ("files", "c")
     assert parse_params(VALID).corpora_needed == ("c",)
@@ -300,6 +306,12 @@ def test_an_allocator_whose_choice_a_codec_cannot_encode_is_refused(
         ("evaluation/paper/texts", [0], "evaluation.paper.texts: 0"),
         ("evaluation/paper/length", 1, "evaluation.paper.length: 1"),
         ("compute/threads", 0, "compute.threads: 0"),
+        ("compute/engine", "rai", "compute.engine: 'rai' is unknown"),
+        ("compute/address", "auto", "compute.address: only engine 'ray' has one"),
+        ("compute/device", "gpu", "compute.device: 'gpu' is unknown"),
+        ("compute/device", {"scoring": "cuda"}, "compute.device.scoring: no stage of that name computes on devices"),
+        ("compute/device", {"score": "coda"}, "compute.device.score: 'coda' is unknown"),
+        ("scoring/dtype", "float16", "scoring.dtype: 'float16' is unknown"),
         ("report/dpi", 1, "report.dpi: 1"),
     ],
 )

@@ -159,6 +159,20 @@ def test_batches_do_not_matter_beyond_rounding(family: str, checkpoint: Checkpoi
                     np.testing.assert_allclose(other, one, rtol=1e-3, atol=TOLERANCE * scale, err_msg=message)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_passes_make_nearly_the_same_sums(family: str, checkpoint: Checkpoints, split: Splits) -> None:
+    directory, ids = checkpoint(family), split(family).ids
+    index = describe(directory)
+    load = partial(load_streamed, directory, index, dtype="bfloat16")
+    exact = run(directory, ids)
+    for tensor, found in gather(load, index, ids, SCORING, no_progress):
+        ours, theirs = found.second_moment, exact[tensor.name].second_moment
+        if ours is not None and theirs is not None:
+            assert ours.dtype == np.float32
+            gap = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+            assert 0 < gap < 0.03, tensor.name
+
+
 def test_the_seed_decides_the_labels(checkpoint: Checkpoints, split: Splits) -> None:
     directory, ids = checkpoint("gpt2"), split("gpt2").ids
     name = "transformer.h.0.mlp.c_fc.weight"

@@ -12,6 +12,7 @@ import torch
 
 from nashswarm import artifacts, corpora, models, preflight, quantize, statistics
 from nashswarm.config import Method, ModelSource, Scoring
+from nashswarm.engine import Local
 from nashswarm.loading import load
 from nashswarm.types import Progress
 
@@ -52,10 +53,11 @@ def quantize_directory(
         for tensor, found in statistics.gather(load, index, ids, scoring, progress, journal):
             artifacts.write_statistics(scores, tensor.name, found)
         model = quantize.Model(name, index, record, checkpoint, partial(artifacts.read_statistics, scores))
-        packed, allocation = target / "packed", quantize.allocate(model, method, progress)
+        engine = Local(torch.get_num_threads())
+        packed, allocation = target / "packed", quantize.allocate(model, method, progress, engine)
         place = output.absolute().parent, f".{output.name}.pack"
         finished = quantize.open_journal(*place, method, allocation, ids, files, scores)
-        quantize.pack(model, method, allocation, ids, packed, progress, finished)
+        quantize.pack(model, method, allocation, ids, packed, progress, finished, engine)
         for file in packed.iterdir():
             file.rename(target / file.name)
         packed.rmdir()

@@ -23,6 +23,7 @@ from nashswarm.benchmarks.apart import alone, peak_bytes
 from nashswarm.benchmarks.machine import document, machine
 from nashswarm.benchmarks.timing import Row, Spread, interleaved, plain, significant
 from nashswarm.config import HEAD, Benchmark, Method, Scoring, load_room, parse_method, sizes
+from nashswarm.engine import Local
 from nashswarm.types import Choice, Job, Progress, TensorSpec
 
 CONTEXT = 1024
@@ -141,7 +142,7 @@ def allocate_and_pack(root: Path, method: Method) -> tuple[tuple[float, float], 
     model = quantize.Model("m", index, record, checkpoint, lambda name: artifacts.read_statistics(root, name))
     target = root / method.name
     started = time.perf_counter()
-    allocation = quantize.allocate(model, method, _quiet)
+    allocation = quantize.allocate(model, method, _quiet, Local(torch.get_num_threads()))
     first, between = peak_bytes(), time.perf_counter()
     quantize.pack(model, method, allocation, _text(index.vocabulary), target, _quiet)
     ended = time.perf_counter()

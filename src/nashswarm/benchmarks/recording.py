@@ -279,7 +279,8 @@ def units(found: Record) -> list[Unit]:
         at = _at(model, stage, label, about)
         for part in ("gap", "before", "seconds", "after"):
             if label != "end" and takes_time(stage, label, part, at):
-                least = min if part in ("seconds", "after") else max
+                # A block is read for the first batch of a worker, and each worker has a first.
+                least = min if part in ("seconds", "after") and label not in ("_forward", "_block") else max
                 result.append(made(label, part, at, least(getattr(c, part) for c in calls)))
     return _once(result)
 

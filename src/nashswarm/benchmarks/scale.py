@@ -40,7 +40,7 @@ STAGES = ("score", "allocate", "pack", "evaluate")
 CASES = [("score", "all"), *((stage, method) for method in METHODS for stage in STAGES[1:])]
 # Whose tasks are the same code for all methods: they are fitted together.
 COMMON = {"about", "compare", "adopt", "open"}
-ON_DEVICE = {"_forward", "_head", "_block", "about", "compare", "batch"}  # labels, behind the head, are drawn on a core
+ON_DEVICE = {"_embedded", "_forward", "_head", "_block", "about", "compare", "batch"}
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,19 @@ class Stages:
 
     def _score(self) -> list[Phase]:
         at, batches = At(self.model), self.text.score
-        forward, head, block = (self._task("score", "all", f, at) for f in ("_forward", "_head", "_block"))
+        embedded, forward, head, block = (
+            self._task("score", "all", label, at) for label in ("_embedded", "_forward", "_head", "_block")
+        )
         gap = self.prices.seconds("score", "all", "_block", "gap", at)
         start = self.prices.seconds("score", "all", "start", "seconds", at)
         # Labels are drawn from one stream: the driver moves it past a batch once that was handed out.
         heads = [replace(head, before=0.0), *[head] * (batches - 1)]
         return [
-            Phase([forward] * batches, start=start),
+            Phase([embedded] * batches, start=start),
+            *[Phase([forward] * batches)] * self.model.layers,
             Phase(heads),
             Phase(gap=head.before),
-            *[Phase([block] * batches, gap) for _ in range(self.model.layers)],
+            *[Phase([block] * batches, gap)] * self.model.layers,
         ]
 
     def _places(self) -> list[str]:

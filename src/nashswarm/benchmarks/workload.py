@@ -104,9 +104,13 @@ MOMENTS = 46  # width^2 of a block: squares of inputs and outputs of its matrice
 STREAMS = 16  # widths of a block: its matrices' inputs and outputs
 
 
+def _embedded(at: At) -> Counts:
+    return Counts(bytes=4.0 * at.tokens * at.model.width)
+
+
 def _forward(at: At) -> Counts:
     m = at.model
-    return Counts(m.layers * forward(m, at.tokens), bytes=4.0 * m.layers * (at.tokens * STREAMS * m.width + m.block))
+    return Counts(forward(m, at.tokens), bytes=4.0 * (at.tokens * STREAMS * m.width + m.block))
 
 
 def _head(at: At) -> Counts:
@@ -201,6 +205,7 @@ CHAINED = ("market-tiles-3_25", "market-coded-3_0")
 # (stage, label, whose seconds) -> counts. `_encode` goes by method, see ROUND.
 COUNTS: Mapping[tuple[str, str, str], Callable[[At], Counts]] = {
     ("score", "start", "seconds"): _model,
+    ("score", "_embedded", "seconds"): _embedded,
     ("score", "_forward", "seconds"): _forward,
     ("score", "_forward", "after"): lambda at: Counts(bytes=returned("_forward", at)),
     ("score", "_head", "seconds"): _head,
@@ -244,6 +249,8 @@ def takes_time(stage: str, label: str, part: str, at: At) -> bool:
 def sent(label: str, at: At) -> float:
     """Bytes of a call's arguments."""
     d, t = at.model.width, at.tokens
+    if label == "_forward":
+        return 4 * t * d
     if label == "_head":
         return 4 * t * d + STATE
     if label == "_block":
@@ -260,8 +267,10 @@ def sent(label: str, at: At) -> float:
 def returned(label: str, at: At) -> float:
     """Bytes of a call's result; of `_encode`, as `coded` rounds."""
     d, t = at.model.width, at.tokens
+    if label == "_embedded":
+        return 4 * t * d + 8 * (at.model.vocabulary + CONTEXT)
     if label == "_forward":
-        return 4 * (at.model.layers + 1) * t * d + 8 * (at.model.vocabulary + CONTEXT)
+        return 4 * t * d
     if label == "_head":
         return 4 * (t * d + d**2) + 8 * at.model.vocabulary
     if label == "_block":

@@ -3,6 +3,7 @@
     record    time every task of the pipeline on models of true widths with random weights; an hour on a quiet core
     workers   two Ray workers of one thread against one process with two; wants a quiet machine, ten minutes
     predict   fit the cost model, simulate schedules, predict; seconds
+    show      the tables of docs/scale.md
 
 Each keeps what the others found. `make scale` runs them all.
 """
@@ -20,7 +21,7 @@ from nashswarm.threads import wait_asleep
 wait_asleep()  # before torch is loaded
 
 from nashswarm import artifacts  # noqa: E402
-from nashswarm.benchmarks import costs, recording, scale, workers  # noqa: E402
+from nashswarm.benchmarks import costs, recording, scale, tables, workers  # noqa: E402
 from nashswarm.benchmarks.machine import machine  # noqa: E402
 from nashswarm.benchmarks.quantization import Shape  # noqa: E402
 from nashswarm.benchmarks.timing import plain  # noqa: E402
@@ -64,6 +65,13 @@ def compare(rounds: int = 5) -> None:
 def predict() -> None:
     """All that follows from what was recorded."""
     change(scale.derived(read()))
+
+
+@app.command()
+def show() -> None:
+    """Print Markdown."""
+    for name, table in tables.tables(read()).items():
+        print(f"<!-- table: {name} -->\n{table}\n")
 
 
 def read() -> dict[str, Any]:

@@ -3,7 +3,8 @@
     seconds = a products / (rate of products) + b interaction / (rate of products) + c weights / (rate of rounding)
               + d bytes / (rate of reading) + fixed
 
-No coefficient is negative, and errors are relative: a task of milliseconds counts as much as one of minutes.
+No coefficient is negative. Errors count over the square root of the seconds: long tasks, from which larger models are
+predicted, weigh more than by relative errors, and short ones are not lost.
 """
 
 from __future__ import annotations
@@ -59,15 +60,16 @@ class Cost:
 
 
 def fit(measured: Sequence[tuple[Counts, float]], rates: Rates) -> Cost:
-    """The sum that is nearest to measured (counts, seconds), by non-negative least squares of relative errors."""
+    """The sum that is nearest to measured (counts, seconds): least squares of errors / sqrt(seconds), none negative."""
     from scipy.optimize import nnls
 
     seconds = np.array([s for _, s in measured])
     terms = np.array([counts.seconds(rates) for counts, _ in measured])
-    rows = terms / seconds[:, None]
+    weights = seconds**-0.5
+    rows = terms * weights[:, None]
     scale = np.where(rows.any(0), np.abs(rows).max(0), 1.0)
-    found = nnls(rows / scale, np.ones(len(rows)))[0] / scale
-    residuals = rows @ found - 1
+    found = nnls(rows / scale, seconds * weights)[0] / scale
+    residuals = terms @ found / seconds - 1
     return Cost({n: float(c) for n, c in zip(TERMS, found, strict=True) if c > 0}, residuals.tolist())
 
 

@@ -75,7 +75,8 @@ class Prices:
             return 0.0
         made = counts(stage, method, label, part, at)
         if self.device and part == "seconds" and label in ON_DEVICE:
-            return cost.of(made, replace(self.device, reading=self.rates.reading) if label == "_head" else self.device)
+            reading = self.rates.reading if label == "_head" else self.device.reading  # labels are drawn on a core
+            return cost.of(made, replace(self.device, reading=reading))
         return self.measured.get(_place(stage, method, label, part, at), 1.0) * cost.of(made, self.rates)
 
 
@@ -326,8 +327,8 @@ PLACES = {
     "16 x 64 cores, 512 GiB, 10 GbE": Machines(1024, 512, 64, network=True),
     "8 H100, 2 TiB": Machines(8, 2048, 8, device=True),
 }
-# NVIDIA's data sheet of the H100 SXM: float32 without tensor cores, HBM3. Nothing was measured; no program reaches it.
-H100 = Rates(67e12, 0.0, 3.35e12)
+# NVIDIA's data sheet of the H100 SXM: float32 without tensor cores, HBM3. A bound: nothing was measured.
+H100 = Rates(67e12, float("inf"), 3.35e12)  # what runs there rounds nothing
 
 
 def noted(found: Record) -> dict[str, Any]:

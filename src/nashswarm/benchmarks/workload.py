@@ -142,11 +142,12 @@ def _round(at: At) -> Counts:
 def _round_columns(at: At) -> Counts:
     """GPTQ: inside blocks alone, and rows do not interact."""
     products = _factors(at, output=False) + at.out * at.into**2 if at.inside else 0.0
-    return Counts(products, weights=at.out * at.into)
+    return Counts(products, weights=at.out * at.into, bytes=4.0 * at.into**2)
 
 
 def _nearest(at: At) -> Counts:
-    return Counts(weights=at.out * at.into)
+    """The inputs' moment is read, for its diagonal."""
+    return Counts(weights=at.out * at.into, bytes=4.0 * at.into**2)
 
 
 def _enter(at: At) -> Counts:

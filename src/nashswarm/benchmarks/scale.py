@@ -22,6 +22,7 @@ from nashswarm.benchmarks.workload import (
     CONTEXT,
     FIRST,
     INSIDE,
+    OFFERED,
     PASS,
     TABLES,
     At,
@@ -116,11 +117,9 @@ class Stages:
         seconds, before, after = (
             self.prices.seconds(stage, method, label, part, at) for part in ("seconds", "before", "after")
         )
-        back = self._coded(method, at) if label == "_encode" else returned(label, at)
+        rates = {"_encode": self.ratio.get(method, 0.0), "_candidates": OFFERED.get(method, 0.0)}
+        back = rates[label] * at.out * at.into if label in rates else returned(label, at)
         return Task(seconds, before, after, sent(label, at) if label != "_encode" or chained else 0.0, back)
-
-    def _coded(self, method: str, at: At) -> float:
-        return self.ratio.get(method, 0.0) * at.out * at.into
 
     def _score(self) -> list[Phase]:
         at, batches = At(self.model), self.text.score

@@ -1,10 +1,12 @@
 """Two Ray workers of one thread each against this process with two threads, on one machine.
 
-The cluster is up and its workers are warm: a round before the first that counts has loaded what they need.
+The cluster is up and its workers are warm: a round before the first that counts has loaded what they need. They are
+as nice as this process, where Ray would give way to everything else on the machine (niceness 15).
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +55,7 @@ def _cluster() -> Iterator[Ray]:
     """Two nodes with a core each."""
     from ray import cluster_utils
 
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
     own: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
     cluster.add_node(**own)

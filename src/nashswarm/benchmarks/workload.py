@@ -201,6 +201,7 @@ def _batch(at: At) -> Counts:
 
 
 ROUND = {"rtn4-g64": _nearest, "gptq4-g128": _round_columns, "market-tiles-3_25": _round, "market-coded-3_0": _round}
+OFFERED = {"market-tiles-3_25": 8 * 17 / (16 * 64)}  # bytes a weight: sizes, damages and weights of every tile
 CHAINED = ("market-tiles-3_25", "market-coded-3_0")
 
 # (stage, label, whose seconds) -> counts. `_encode` goes by method, see ROUND.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PROJECT
 
 from nashswarm import preflight
 from nashswarm.benchmarks import recording, scale
 from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.benchmarks.schedule import NONE, Network, Phase, Task, jobs, makespan, serial
+from nashswarm.benchmarks.tables import tables
 from nashswarm.benchmarks.workload import Model, Text, returned, sent
 from nashswarm.config import Scoring
 from nashswarm.engine import AHEAD
@@ -165,3 +170,32 @@ def test_memory_is_what_preflight_says(tmp_path: Path) -> None:
     write_model(tmp_path / "model", Shape(2, 64, 2, 300))
     real, made = describe(tmp_path / "model"), scale.index_of(Model(2, 64, 300))
     assert preflight.scoring_need(made, Scoring()).memory == preflight.scoring_need(real, Scoring()).memory
+
+
+# --- what is committed ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_the_metrics_hold() -> None:
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    page = (PROJECT / "docs/scale.md").read_text(encoding="utf-8")
+    for name, table in tables(document).items():
+        assert f"<!-- table: {name} -->\n{table}\n" in page, f"{name}: see python tools/scale.py show"
+
+
+def test_what_follows_from_the_records_follows_again() -> None:
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    again = json.loads(json.dumps(scale.derived(document)))
+    for name in ("costs", "speed_ups", "memory_gib", "predictions"):
+        kept, made = dict(leaves(document[name])), dict(leaves(again[name]))
+        assert made.keys() == kept.keys(), f"{name}: run python tools/scale.py predict"
+        numbers = {k: v for k, v in made.items() if isinstance(v, int | float) and "residual" not in k}
+        assert numbers == pytest.approx({k: kept[k] for k in numbers}, rel=0.02), name  # libraries' last digits
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield place, value
+        return
+    for key, inner in items:
+        yield from leaves(inner, f"{place}.{key}")

@@ -389,16 +389,20 @@ def units_of(document: Mapping[str, Any]) -> list[Unit]:
 
 
 def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float]) -> dict[str, Any]:
-    """Of the stages that were recorded: what single calls, and what the fitted sums, say over what the stage took."""
-    sums, found = replace(prices, measured={}), {}
+    """Of the stages that were recorded, over what each took: single calls, fitted sums, sums fitted to other widths."""
+    measured = units_of(document)
+    found: dict[str, Any] = {}
     text = Text(SCORED // BATCH, dict.fromkeys(CHAINED, PREFIX // PASS))
     for key, stage in document["stages"].items():
         name, method, size = key.split()
         width, vocabulary = map(int, size.split("x"))
-        if name != "evaluate" and stage["rounds"]:
-            model = Model(stage["layers"], width, vocabulary)
-            said = [Stages(p, model, ratio, text).repeated(name, method, stage["rounds"]) for p in (prices, sums)]
-            found[key] = {n: _digits(s / stage["seconds"]) for n, s in zip(("calls", "sums"), said, strict=True)}
+        if name == "evaluate" or not stage["rounds"]:
+            continue
+        others = Prices.of([u for u in measured if u.at.model.width != width], prices.rates)
+        model, found[key] = Model(stage["layers"], width, vocabulary), {}
+        for kind, own in (("calls", prices), ("sums", replace(prices, measured={})), ("others", others)):
+            said = Stages(own, model, ratio, text).repeated(name, method, stage["rounds"])
+            found[key][kind] = _digits(said / stage["seconds"])
     return found
 
 

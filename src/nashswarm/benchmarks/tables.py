@@ -62,8 +62,9 @@ def _stages(document: Mapping[str, Any]) -> str:
         stage, method, size = name.split()
         own = document["stages"][name]
         shape = f"{own['layers']} x {size.replace('x', ', ')}"
-        rows.append([stage, method, shape, f"{own['seconds']:g}", f"{ratio['calls']:.2f}", f"{ratio['sums']:.2f}"])
-    return _table(["stage", "method", "blocks x width, words", "s", "single calls / s", "sums / s"], rows)
+        said = [f"{ratio[kind]:.2f}" for kind in ("calls", "sums", "others")]
+        rows.append([stage, method, shape, f"{own['seconds']:g}", *said])
+    return _table(["stage", "method", "blocks x width, words", "s", "calls", "sums", "sums of other widths"], rows)
 
 
 def _memory(document: Mapping[str, Any]) -> str:

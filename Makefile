@@ -7,7 +7,7 @@ export PYTHONHASHSEED = 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark kernels gpu-kernels lint compare clean
+.PHONY: help install reproduce paper peers seeds difference test test-scale storm fuzz benchmark kernels gpu-kernels scale lint compare clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,11 @@ kernels: $(READY)  ## products with packed matrices against torch's and ONNX Run
 
 gpu-kernels: $(READY)  ## the same on a GPU, against cuBLAS; needs Triton (pip install -e '.[gpu]')
 	python tools/gpu_kernels.py
+
+scale: $(READY)  ## what larger models and more machines would take (docs/scale.md); an hour on a quiet machine
+	OPENBLAS_NUM_THREADS=1 python tools/scale.py record
+	python tools/scale.py workers
+	python tools/scale.py predict
 
 lint: $(READY)  ## format and check
 	ruff check --fix . && ruff format . && mypy

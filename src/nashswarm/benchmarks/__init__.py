@@ -5,6 +5,13 @@
     packing        codes to bytes and back
     quantization   score, allocate and pack against the model's size
 
+    recording      every task's seconds and bytes, as the pipeline calls it
+    workload       what each of them computes and moves, as formulas
+    costs          seconds as a fitted sum of counts over rates
+    schedule       what many workers make of tasks whose times are known
+    scale          from these to larger models and more machines; tables of it
+    workers        two Ray workers against one process
+
     timing         interleaved rounds and their spread
     machine        what the figures were measured on
     matrices       random matrices and models in packed form

@@ -1,0 +1,110 @@
+"""The tables of docs/scale.md, as Markdown, from metrics/benchmarks/scale.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+TERMS = {"products": "a", "interaction": "b", "weights": "c", "bytes": "d", "fixed": "fixed, s"}
+SHOWN = ("2", "4", "8", "16")
+NONE = "–"
+LARGEST = "gpt2-xl"  # of those that were measured
+
+
+def tables(document: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> table."""
+    found = {
+        "speed-ups": _speed_ups(document),
+        "costs": _costs(document),
+        "stages": _stages(document),
+        "memory": _memory(document),
+        "predictions": _predictions(document),
+    }
+    return found | ({"workers": _workers(document)} if "workers" in document else {})
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _speed_ups(document: Mapping[str, Any]) -> str:
+    models: Mapping[str, Any] = document["speed_ups"]
+    others = [name for name in models if name != LARGEST]
+    keyed = {name: {(r["stage"], r["method"]): r for r in rows} for name, rows in models.items()}
+    head = ["stage", "method", "s, one worker", *(f"N = {n}" for n in SHOWN), "16, 8 ahead", "GB moved"]
+    head += [f"{name}, 16" for name in others]
+
+    def row(place: tuple[str, str]) -> list[str]:
+        own = keyed[LARGEST][place]
+        farther = f"{own['farther']['16']:.1f}" if "farther" in own else NONE
+        moved = f"{own['moved_gb']:g}" if "moved_gb" in own else NONE
+        cells = [*place, f"{own['seconds']:.0f}", *(f"{own['speed_up'][n]:.1f}" for n in SHOWN), farther, moved]
+        return [*cells, *(f"{keyed[name][place]['speed_up']['16']:.1f}" for name in others)]
+
+    return _table(head, map(row, keyed[LARGEST]))
+
+
+def _costs(document: Mapping[str, Any]) -> str:
+    rows = []
+    for name, cost in document["costs"].items():
+        stage, method, label, part = name.split()
+        what = f"`{label}`" if part == "seconds" else f"driver, {part} `{label}`"
+        cells = [f"{cost['coefficients'][t]:g}" if t in cost["coefficients"] else NONE for t in TERMS]
+        spread = [f"{100 * cost[key]:.0f} %" for key in ("residual_median", "residual_largest")]
+        rows.append([stage, method, what, *cells, str(cost["measurements"]), *spread])
+    return _table(["stage", "method", "call", *TERMS.values(), "n", "residual, median", "largest"], rows)
+
+
+def _stages(document: Mapping[str, Any]) -> str:
+    rows = []
+    for name, ratio in document["check"].items():
+        stage, method, size = name.split()
+        own = document["stages"][name]
+        shape = f"{own['layers']} x {size.replace('x', ', ')}"
+        said = [f"{ratio[kind]:.2f}" for kind in ("calls", "sums", "others")]
+        rows.append([stage, method, shape, f"{own['seconds']:g}", *said])
+    return _table(["stage", "method", "blocks x width, words", "s", "calls", "sums", "sums of other widths"], rows)
+
+
+def _memory(document: Mapping[str, Any]) -> str:
+    needs: Mapping[str, Mapping[str, float]] = document["memory_gib"]
+    columns = list(next(iter(needs.values())))
+    columns.sort(key=lambda name: (name != "score", name))
+    return _table(["GiB", *columns], [[name, *(f"{need[c]:.1f}" for c in columns)] for name, need in needs.items()])
+
+
+SUMS = {
+    "score": ("score all",),
+    "pack gptq4-g128": ("pack gptq4-g128",),
+    "market-tiles-3_25": ("allocate market-tiles-3_25", "pack market-tiles-3_25"),
+    "market-coded-3_0": ("allocate market-coded-3_0", "pack market-coded-3_0"),
+    "evaluate": ("evaluate gptq4-g128",),
+}
+
+
+def _predictions(document: Mapping[str, Any]) -> str:
+    rows = []
+    for model, places in document["predictions"].items():
+        for place, found in places.items():
+            rows.append([model, place, *(_hours([found[key] for key in keys]) for keys in SUMS.values())])
+    return _table(["model", "machine", *SUMS], rows)
+
+
+def _hours(parts: Sequence[Mapping[str, Any]]) -> str:
+    if any("hours" not in part for part in parts):
+        return "does not fit"
+    hours, workers = sum(part["hours"] for part in parts), min(part["workers"] for part in parts)
+    said = f"{hours * 60:.2g} min" if hours < 1 else f"{hours:.2g} h" if hours < 100 else f"{hours / 24:.0f} days"
+    return f"{said} ({workers})"
+
+
+def _workers(document: Mapping[str, Any]) -> str:
+    def spread(found: Mapping[str, float], digits: int) -> str:
+        return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+    rows = [
+        [row["stage"], spread(row["local"], 1), spread(row["ray"], 1), spread(row["ratio"], 2)]
+        for row in document["workers"]["rows"]
+    ]
+    return _table(["stage", "local, s", "Ray, s", "local / Ray"], rows)

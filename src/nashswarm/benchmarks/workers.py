@@ -1,0 +1,128 @@
+"""Two Ray workers of one thread each against this process with two threads, on one machine.
+
+The cluster is up and its workers are warm: a round before the first that counts has loaded what they need. They are
+as nice as this process, where Ray would give way to everything else on the machine (niceness 15).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
+from nashswarm.benchmarks.quantization import Shape, write_model
+from nashswarm.benchmarks.recording import METHODS, quiet, random_text
+from nashswarm.benchmarks.timing import Spread, interleaved, plain
+from nashswarm.benchmarks.workload import BATCH
+from nashswarm.config import Compute, Evaluation, PaperProtocol, Scoring, parse_method
+from nashswarm.engine import Engine, Local, Ray
+from nashswarm.threads import set_threads
+from nashswarm.types import TokenizedSplit
+
+SHAPE = Shape(2, 768, 12, 4096)
+TOKENS = 4 * BATCH  # to score and to evaluate
+PREFIX = 16384  # two passes: one for each worker
+STORE = 2 << 30  # bytes of each node's object store
+PINGS = 200
+
+
+def compare(rounds: int, methods: tuple[str, ...] = ("gptq4-g128", "market-coded-3_0")) -> dict[str, Any]:
+    """Rows of stages: seconds of both, and local's over Ray's, round by round. And seconds of a task of nothing."""
+    set_threads(2)
+    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, _cluster() as ray:
+        stages, root = _stages(Path(scratch), methods), Path(scratch)
+        write_model(root / "model", SHAPE)
+        found = []
+        for name, stage in stages.items():
+            engines: dict[str, Engine] = {"local": Local(2), "ray": ray}
+            turns = {key: partial(lambda run, engine, _: run(engine), stage, engine) for key, engine in engines.items()}
+            times = interleaved(turns, rounds)
+            row = {key: plain(Spread.of(own)) for key, own in times.items()}
+            found.append({"stage": name, **row, "ratio": plain(Spread.of(times["local"] / times["ray"]))})
+        return {"rows": found, "round_trip": plain(Spread.of(np.array(_pings(ray)))), "rounds": rounds}
+
+
+@contextmanager
+def _cluster() -> Iterator[Ray]:
+    """Two nodes with a core each."""
+    from ray import cluster_utils
+
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
+    own: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
+    cluster.add_node(**own)
+    made = Ray(Compute(1, "ray", cluster.address))
+    try:
+        yield made
+    finally:
+        made.ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _stages(root: Path, methods: tuple[str, ...]) -> dict[str, Callable[[Engine], None]]:
+    """Each needs those before it to have run once."""
+    packing = {f"pack {name}": partial(_pack, root, name) for name in methods}
+    return {"score": partial(_score, root), **packing, "evaluate": partial(_evaluate, root, methods[0])}
+
+
+def _score(root: Path, engine: Engine) -> None:
+    index = models.describe(root / "model")
+    load, ids = partial(models.load_streamed, root / "model", index), random_text(index, TOKENS)
+    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=TOKENS), quiet, None, engine):
+        artifacts.write_statistics(root, tensor.name, found)
+
+
+def _pack(root: Path, name: str, engine: Engine) -> None:
+    """The bits are decided once."""
+    model, method = _model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
+    kept = root / f"{name}-bits"
+    if not kept.exists():
+        with artifacts.fresh_directory(kept) as target:
+            artifacts.write_allocation(target, quantize.allocate(model, method, quiet, Local(2)))
+    allocation = artifacts.read_allocation(kept)
+    quantize.pack(model, method, allocation, random_text(model.index, PREFIX), root / name, quiet, None, engine)
+
+
+def _evaluate(root: Path, name: str, engine: Engine) -> None:
+    index = models.describe(root / "model")
+    ids, path = random_text(index, TOKENS), root / "said.safetensors"
+    settings = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
+    split = TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
+    if not path.exists():
+        load = partial(models.load_streamed, root / "model", index)
+        artifacts.write_record(path, evaluation.original_outputs(load, split, settings, index.context, quiet))
+    said = partial(artifacts.read_record, path, evaluation.Baseline)
+    load = partial(loading.open_for_evaluation, root / name, root / "model", index)
+    original = partial(evaluation.open_original, root / "model", index, said)
+    evaluation.measure(load, original, split, settings, index.context, quiet, engine)
+
+
+def _model(root: Path) -> quantize.Model:
+    directory = root / "model"
+    index, source = models.describe(directory), artifacts.SourceRecord("embedded", str(directory), None, None, {})
+    checkpoint = models.Checkpoint.open(directory, index)
+    return quantize.Model("m", index, source, checkpoint, partial(artifacts.read_statistics, root))
+
+
+def nothing(shared: object, number: int) -> int:
+    """A task that does not compute."""
+    del shared
+    return number
+
+
+def _pings(ray: Ray) -> list[float]:
+    """Seconds of one such task at a time, there and back."""
+    shared, found = ray.share(dict), []
+    for number in range(PINGS):
+        started = time.perf_counter()
+        list(ray.map(nothing, shared, [(number,)]))
+        found.append(time.perf_counter() - started)
+    return found[PINGS // 10 :]

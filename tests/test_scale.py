@@ -1,0 +1,201 @@
+"""Schedules of tasks whose times are known, the cost model's fit, and what calls move against their formulas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+
+from nashswarm import preflight
+from nashswarm.benchmarks import recording, scale
+from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
+from nashswarm.benchmarks.quantization import Shape, write_model
+from nashswarm.benchmarks.schedule import NONE, Network, Phase, Task, jobs, makespan, serial
+from nashswarm.benchmarks.tables import tables
+from nashswarm.benchmarks.workload import Model, Text, returned, sent
+from nashswarm.config import Scoring
+from nashswarm.engine import AHEAD
+from nashswarm.models import describe
+
+WORKERS = (1, 2, 4, 8, 16)
+METHOD = "market-coded-3_0"
+
+
+# --- schedules -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_equal_tasks_are_as_many_times_faster_as_there_are_workers(workers: int) -> None:
+    phases = [Phase([Task(2.0)] * 48)]
+    assert serial(phases) / makespan(phases, workers) == pytest.approx(workers)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_chain_is_no_faster(workers: int) -> None:
+    phases = [Phase([Task(2.0)], gap=0.5)] * 10
+    assert makespan(phases, workers) == pytest.approx(serial(phases)) == pytest.approx(25)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_what_the_driver_does_alone_bounds_the_rest(workers: int) -> None:
+    phases = [Phase([Task(1.0)] * 32, gap=8.0)]  # Amdahl: a fifth is serial
+    assert serial(phases) / makespan(phases, workers) == pytest.approx(1 / (0.2 + 0.8 / workers))
+
+
+def test_more_workers_than_tasks_are_idle() -> None:
+    phases = [Phase([Task(3.0)] * 4)]
+    assert makespan(phases, 16) == makespan(phases, 4) == 3
+
+
+def test_bytes_pass_one_link_each_way() -> None:
+    network = Network(bandwidth=10.0, latency=0.25)
+    assert makespan([Phase([Task(1.0, sent=20, returned=30)])], 1, network) == pytest.approx(2 + 0.25 + 1 + 3 + 0.25)
+    many = [Phase([Task(0.0, returned=10)] * 8)]
+    assert makespan(many, 8, network) == pytest.approx(0.25 + 8 + 8 * 0 + 0.25)  # a second each, whoever computes
+
+
+def test_results_are_handled_while_workers_compute() -> None:
+    phases = [Phase([Task(1.0, after=1.0)] * 10)]
+    assert serial(phases) == 20
+    assert makespan(phases, 1) == pytest.approx(11)
+
+
+def test_every_worker_makes_what_its_tasks_have_in_common() -> None:
+    phases = [Phase([Task(1.0)] * 8, start=3.0)]
+    assert serial(phases) == makespan(phases, 1) == 11
+    assert makespan(phases, 4) == 5
+
+
+def test_a_long_task_holds_up_those_that_are_too_far_ahead() -> None:
+    """Results come in order, so no more than AHEAD tasks for each worker are under way."""
+    phases = [Phase([Task(10.0)] + [Task(1.0)] * 20)]
+    within = 2 * AHEAD - 1  # which the second worker has done by then
+    assert makespan(phases, 2) == pytest.approx(10 + (20 - within) / 2, abs=1)
+    assert makespan(phases, 2, ahead=21) < makespan(phases, 2)
+
+
+def test_schedules_repeat() -> None:
+    rng = np.random.default_rng(0)
+    tasks = [Task(*map(float, rng.random(5))) for _ in range(100)]
+    phases = [Phase(tasks[:50], 0.1, 0.2), Phase(tasks[50:])]
+    network = Network(3.0, 0.01)
+    assert len({makespan(phases, 7, network) for _ in range(3)}) == 1
+    assert makespan(phases, 7, network) < makespan(phases, 1, network) < serial(phases) + 100
+
+
+def test_jobs_begin_with_the_longest() -> None:
+    assert jobs([1, 1, 1, 3], 2) == 3
+    assert jobs([2.0] * 16, 8) == 4
+
+
+# --- the fit -------------------------------------------------------------------------------------------------------
+
+RATES = Rates(2e11, 1e6, 1e10)
+
+
+def test_fit_finds_what_was_planted() -> None:
+    rng = np.random.default_rng(0)
+    planted = np.array([1.3, 40.0, 0.0, 2.0, 0.01])
+    made = [Counts(*(10 ** rng.uniform(6, 12, 2)), *(10 ** rng.uniform(3, 8, 2))) for _ in range(40)]
+    cost = fit([(counts, float(counts.seconds(RATES) @ planted)) for counts in made], RATES)
+    assert [cost.coefficients.get(name, 0.0) for name in TERMS] == pytest.approx(planted, rel=1e-5, abs=1e-9)
+    assert max(map(abs, cost.residuals)) < 1e-9
+    larger = Counts(1e15, 0, 1e9, 1e9)
+    assert cost.of(larger, RATES) == pytest.approx(float(larger.seconds(RATES) @ planted))
+    assert cost.of(larger, replace(RATES, products=4e11)) < cost.of(larger, RATES)
+
+
+def test_no_coefficient_is_negative() -> None:
+    measured = [(Counts(products=n * 1e9), 1.0 / n) for n in (1, 2, 4)]
+    assert all(value > 0 for value in fit(measured, RATES).coefficients.values())
+
+
+# --- what was recorded ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[recording.Record]:
+    """Of a model of two small blocks."""
+    root = tmp_path_factory.mktemp("m")
+    write_model(root / "model", Shape(2, 64, 2, 300))
+    return [recording._score(root, root), *recording._method(root, root, METHOD)]
+
+
+def test_calls_move_what_the_formulas_say(records: list[recording.Record]) -> None:
+    seen = set()
+    for found in records:
+        if found.stage not in ("score", "pack"):
+            continue
+        for call in found.calls:
+            at = recording._at(found.model, found.stage, call.label, call.about)
+            if call.label in ("_embedded", "_forward", "_head", "_block", "adopt", "settle", "_encode"):
+                assert call.sent == sent(call.label, at), call
+            if call.label in ("_embedded", "_forward", "_head", "_block", "settle"):
+                assert call.returned == returned(call.label, at), call
+            if call.label == "compare" and call.returned:
+                assert call.returned == returned(call.label, at), call
+            if call.label == "_encode":
+                assert call.returned == pytest.approx(returned(call.label, at), rel=0.01), call
+            seen.add(call.label)
+    assert {"_embedded", "_forward", "_head", "_block", "about", "compare", "adopt", "_encode", "settle"} <= seen
+
+
+def test_metrics_hold_all_that_predictions_need(records: list[recording.Record]) -> None:
+    document: dict[str, dict[str, object]] = {"rates": {"products": 1e11, "rounding": 1e6, "reading": 1e10}}
+    for found in records:
+        for key, value in scale.noted(found).items():
+            document.setdefault(key, {}).update(value)
+    units = scale.units_of(document)
+    prices = scale.Prices.of(units, Rates(**document["rates"]))  # type: ignore[arg-type]
+    for unit in units:  # what was measured costs what it did
+        if unit.seconds > 0:
+            found_seconds = prices.seconds(unit.stage, unit.method, unit.label, unit.part, unit.at)
+            assert found_seconds == pytest.approx(unit.seconds, rel=1e-6)
+    stages = scale.Stages(prices, Model(2, 64, 300), {METHOD: 1.0}, Text(2, {METHOD: 1}, 3))
+    for stage, method in (("score", "all"), *((s, METHOD) for s in ("allocate", "pack", "evaluate"))):
+        times = [stages.many(stage, method, n, NONE) for n in WORKERS]
+        assert all(0 < later <= earlier * 1.001 for earlier, later in pairwise(times)), stage
+        assert times[0] <= stages.one(stage, method) * 1.001
+    assert stages.grid([METHOD] * 8, 8, NONE)[1] in WORKERS
+
+
+def test_memory_is_what_preflight_says(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", Shape(2, 64, 2, 300))
+    real, made = describe(tmp_path / "model"), scale.index_of(Model(2, 64, 300))
+    assert preflight.scoring_need(made, Scoring()).memory == preflight.scoring_need(real, Scoring()).memory
+
+
+# --- what is committed ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_the_metrics_hold() -> None:
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    page = (PROJECT / "docs/scale.md").read_text(encoding="utf-8")
+    for name, table in tables(document).items():
+        assert f"<!-- table: {name} -->\n{table}\n" in page, f"{name}: see python tools/scale.py show"
+
+
+def test_what_follows_from_the_records_follows_again() -> None:
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    again = json.loads(json.dumps(scale.derived(document)))
+    for name in ("costs", "speed_ups", "memory_gib", "predictions"):
+        kept, made = dict(leaves(document[name])), dict(leaves(again[name]))
+        assert made.keys() == kept.keys(), f"{name}: run python tools/scale.py predict"
+        numbers = {k: v for k, v in made.items() if isinstance(v, int | float) and "residual" not in k}
+        assert numbers == pytest.approx({k: kept[k] for k in numbers}, rel=0.02), name  # libraries' last digits
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield place, value
+        return
+    for key, inner in items:
+        yield from leaves(inner, f"{place}.{key}")

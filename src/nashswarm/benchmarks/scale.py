@@ -274,14 +274,21 @@ def index_of(model: Model) -> ModelIndex:
     return ModelIndex("GPT2LMHeadModel", CONTEXT, model.vocabulary, TABLES[0], model.layers, (*tables, *inside), ())
 
 
-def memory(model: Model) -> dict[str, float]:
-    """GiB that `preflight` says a process needs, by stage and method."""
+def need(model: Model, stage: str, method: str, scored: int, prefix: int) -> float:
+    """GiB that `preflight` says a process needs. Arguments: `scored`, tokens, `prefix`, of a market's prefix."""
     index = index_of(model)
-    needs = {"score": preflight.scoring_need(index, Scoring()).memory}
-    for name, block in METHODS.items():
-        method = parse_method(name, {**block, **({"prefix_tokens": 32768} if name == "market-coded-3_0" else {})})
-        needs[f"pack {name}"] = preflight.packing_need(index, method).memory
-    return {name: round(need / preflight.GIB, 1) for name, need in needs.items()}
+    if stage == "score":
+        return preflight.scoring_need(index, Scoring(tokens=scored)).memory / preflight.GIB
+    own = {"prefix_tokens": prefix} if method in CHAINED else {}
+    return preflight.packing_need(index, parse_method(method, {**METHODS[method], **own})).memory / preflight.GIB
+
+
+def memory(model: Model) -> dict[str, float]:
+    """Name of a stage and method -> GiB, by params.yaml's tokens."""
+    text = Text()
+    found = {"score": need(model, "score", "all", text.score * BATCH, 0)}
+    found |= {f"pack {m}": need(model, "pack", m, 0, text.prefix.get(m, 0) * PASS) for m in METHODS}
+    return {name: round(gib, 1) for name, gib in found.items()}
 
 
 def residual(cost: Cost) -> tuple[float, float]:
@@ -355,6 +362,7 @@ def derived(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "costs": {name: _fitted(cost) for name, cost in sorted(prices.fitted.items())},
         "check": check(document, prices, ratio),
+        "simulated": pair(prices, ratio, Network(float("inf"), latency)),
         "network": {"bandwidth": LINK, "latency": latency},
         "speed_ups": {n: speed_ups(of, network, GRIDS) for n, of in stages.items() if n in MEASURED},
         "memory_gib": {name: memory(model) for name, model in MODELS.items()},
@@ -389,7 +397,10 @@ def units_of(document: Mapping[str, Any]) -> list[Unit]:
 
 
 def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float]) -> dict[str, Any]:
-    """Of the stages that were recorded, over what each took: single calls, fitted sums, sums fitted to other widths."""
+    """Of the stages that were recorded, over what each took: single calls, fitted sums, sums fitted to other widths.
+
+    And the memory that `preflight` says they need.
+    """
     measured = units_of(document)
     found: dict[str, Any] = {}
     text = Text(SCORED // BATCH, dict.fromkeys(CHAINED, PREFIX // PASS))
@@ -403,7 +414,17 @@ def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float
         for kind, own in (("calls", prices), ("sums", replace(prices, measured={})), ("others", others)):
             said = Stages(own, model, ratio, text).repeated(name, method, stage["rounds"])
             found[key][kind] = _digits(said / stage["seconds"])
+        found[key]["preflight_gib"] = _digits(need(model, name, method, SCORED, PREFIX))
     return found
+
+
+def pair(prices: Prices, ratio: Mapping[str, float], network: Network) -> dict[str, float]:
+    """Seconds of the stages that `workers` measures with two workers, by simulation; one round of packing."""
+    model, text = Model(2, 768, 4096), Text(4, dict.fromkeys(CHAINED, 2), 4)
+    stages, cases = Stages(prices, model, ratio, text), (("score", "all"), ("evaluate", "gptq4-g128"))
+    found = {f"{stage} 8192 tokens": stages.many(stage, method, 2, network) for stage, method in cases}
+    found |= {f"pack {m}": stages.many("pack", m, 2, network) for m in ("gptq4-g128", "market-coded-3_0")}
+    return {name: _digits(seconds) for name, seconds in found.items()}
 
 
 def predictions(stages: Stages, network: Network) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nashswarm.benchmarks.scale import PLACES
+
 TERMS = {"products": "a", "interaction": "b", "weights": "c", "bytes": "d", "fixed": "fixed, s"}
 SHOWN = ("2", "4", "8", "16")
 NONE = "–"
 LARGEST = "gpt2-xl"  # of those that were measured
+MODELS = ("reference", "gpt2", "gpt2-medium", "gpt2-xl", "7B", "70B", "1T")
+PREDICTED = ("gpt2", "gpt2-xl", "7B", "70B", "1T")
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, str]:
@@ -30,7 +34,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _speed_ups(document: Mapping[str, Any]) -> str:
     models: Mapping[str, Any] = document["speed_ups"]
-    others = [name for name in models if name != LARGEST]
+    others = [name for name in MODELS if name in models and name != LARGEST]
     keyed = {name: {(r["stage"], r["method"]): r for r in rows} for name, rows in models.items()}
     head = ["stage", "method", "s, one worker", *(f"N = {n}" for n in SHOWN), "16, 8 ahead", "GB moved"]
     head += [f"{name}, 16" for name in others]
@@ -63,15 +67,17 @@ def _stages(document: Mapping[str, Any]) -> str:
         own = document["stages"][name]
         shape = f"{own['layers']} x {size.replace('x', ', ')}"
         said = [f"{ratio[kind]:.2f}" for kind in ("calls", "sums", "others")]
-        rows.append([stage, method, shape, f"{own['seconds']:g}", *said])
-    return _table(["stage", "method", "blocks x width, words", "s", "calls", "sums", "sums of other widths"], rows)
+        peaks = f"{own['peak_gib']:.1f}", f"{ratio['preflight_gib']:.1f}"
+        rows.append([stage, method, shape, str(own["rounds"]), f"{own['seconds']:g}", *said, *peaks])
+    head = ["stage", "method", "blocks x width, words", "rounds", "s", "calls", "sums", "sums of other widths"]
+    return _table([*head, "peak, GiB", "preflight"], rows)
 
 
 def _memory(document: Mapping[str, Any]) -> str:
     needs: Mapping[str, Mapping[str, float]] = document["memory_gib"]
     columns = list(next(iter(needs.values())))
     columns.sort(key=lambda name: (name != "score", name))
-    return _table(["GiB", *columns], [[name, *(f"{need[c]:.1f}" for c in columns)] for name, need in needs.items()])
+    return _table(["GiB", *columns], [[name, *(f"{needs[name][c]:.1f}" for c in columns)] for name in MODELS])
 
 
 SUMS = {
@@ -85,8 +91,9 @@ SUMS = {
 
 def _predictions(document: Mapping[str, Any]) -> str:
     rows = []
-    for model, places in document["predictions"].items():
-        for place, found in places.items():
+    for model in PREDICTED:
+        for place in PLACES:
+            found = document["predictions"][model][place]
             rows.append([model, place, *(_hours([found[key] for key in keys]) for keys in SUMS.values())])
     return _table(["model", "machine", *SUMS], rows)
 
@@ -95,7 +102,9 @@ def _hours(parts: Sequence[Mapping[str, Any]]) -> str:
     if any("hours" not in part for part in parts):
         return "does not fit"
     hours, workers = sum(part["hours"] for part in parts), min(part["workers"] for part in parts)
-    said = f"{hours * 60:.2g} min" if hours < 1 else f"{hours:.2g} h" if hours < 100 else f"{hours / 24:.0f} days"
+    units = ((24.0, "days"), (1.0, "h"), (1 / 60, "min"), (1 / 3600, "s"))
+    size, unit = next((pair for pair in units if hours >= 2 * pair[0]), units[-1])
+    said = f"{hours / size:.{0 if hours / size >= 10 else 1}f} {unit}"
     return f"{said} ({workers})"
 
 
@@ -103,8 +112,12 @@ def _workers(document: Mapping[str, Any]) -> str:
     def spread(found: Mapping[str, float], digits: int) -> str:
         return f"{found['median']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
 
+    def said(stage: str) -> str:
+        seconds = document["simulated"].get(stage)
+        return NONE if seconds is None else f"{seconds:.1f}"
+
     rows = [
-        [row["stage"], spread(row["local"], 1), spread(row["ray"], 1), spread(row["ratio"], 2)]
+        [row["stage"], spread(row["local"], 1), spread(row["ray"], 1), spread(row["ratio"], 2), said(row["stage"])]
         for row in document["workers"]["rows"]
     ]
-    return _table(["stage", "local, s", "Ray, s", "local / Ray"], rows)
+    return _table(["stage", "local, s", "Ray, s", "local / Ray", "Ray simulated, s"], rows)

@@ -28,7 +28,8 @@ from nashswarm.threads import set_threads
 from nashswarm.types import TokenizedSplit
 
 SHAPE = Shape(2, 768, 12, 4096)
-TOKENS = 4 * BATCH  # to score and to evaluate
+SCORED = 4 * BATCH  # tokens
+EVALUATED = (4 * BATCH, 32 * BATCH)  # tokens: each worker loads and decodes the model once, whatever they are
 PREFIX = 16384  # two passes: one for each worker
 STORE = 2 << 30  # bytes of each node's object store
 PINGS = 200
@@ -70,13 +71,14 @@ def _cluster() -> Iterator[Ray]:
 def _stages(root: Path, methods: tuple[str, ...]) -> dict[str, Callable[[Engine], None]]:
     """Each needs those before it to have run once."""
     packing = {f"pack {name}": partial(_pack, root, name) for name in methods}
-    return {"score": partial(_score, root), **packing, "evaluate": partial(_evaluate, root, methods[0])}
+    evaluating = {f"evaluate {tokens} tokens": partial(_evaluate, root, methods[0], tokens) for tokens in EVALUATED}
+    return {f"score {SCORED} tokens": partial(_score, root), **packing, **evaluating}
 
 
 def _score(root: Path, engine: Engine) -> None:
     index = models.describe(root / "model")
-    load, ids = partial(models.load_streamed, root / "model", index), random_text(index, TOKENS)
-    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=TOKENS), quiet, None, engine):
+    load, ids = partial(models.load_streamed, root / "model", index), random_text(index, SCORED)
+    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=SCORED), quiet, None, engine):
         artifacts.write_statistics(root, tensor.name, found)
 
 
@@ -91,9 +93,9 @@ def _pack(root: Path, name: str, engine: Engine) -> None:
     quantize.pack(model, method, allocation, random_text(model.index, PREFIX), root / name, quiet, None, engine)
 
 
-def _evaluate(root: Path, name: str, engine: Engine) -> None:
+def _evaluate(root: Path, name: str, tokens: int, engine: Engine) -> None:
     index = models.describe(root / "model")
-    ids, path = random_text(index, TOKENS), root / "said.safetensors"
+    ids, path = random_text(index, tokens), root / f"said-{tokens}.safetensors"
     settings = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
     split = TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
     if not path.exists():

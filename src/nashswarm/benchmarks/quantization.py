@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from nashswarm.benchmarks.machine import document, machine
 from nashswarm.benchmarks.timing import Row, Spread, interleaved, plain, significant
 from nashswarm.config import HEAD, Benchmark, Method, Scoring, load_room, parse_method, sizes
 from nashswarm.engine import Local
-from nashswarm.types import Choice, Job, Progress, TensorSpec
+from nashswarm.types import Choice, Job, ModelIndex, Progress, TensorSpec
 
 CONTEXT = 1024
 WORDS = 65_536  # of random text at least: calibration takes what it wants of it
@@ -120,12 +121,12 @@ def write_model(directory: Path, shape: Shape) -> None:
 def score(root: Path, scoring: Scoring) -> tuple[float, int, float, int]:
     """Seconds of one forward pass over the calibration tokens, parameters, seconds of scoring, peak in bytes."""
     index = models.describe(root / "model")
-    original, ids = models.load_streamed(root / "model", index), _text(index.vocabulary, scoring.tokens)
+    original, ids = models.load_streamed(root / "model", index), random_text(index, max(WORDS, scoring.tokens))
     whole = scoring.tokens // index.context * index.context
     windows = torch.from_numpy(ids[:whole].astype(np.int64)).view(-1, index.context)
     with torch.no_grad():
         unit = _seconds(lambda: [original(window[None], use_cache=False) for window in windows])
-    seconds = _seconds(lambda: _score(root, statistics.gather(lambda: original, index, ids, scoring, _quiet)))
+    seconds = _seconds(lambda: _score(root, statistics.gather(lambda: original, index, ids, scoring, quiet)))
     return unit, index.parameters, seconds, peak_bytes()
 
 
@@ -136,22 +137,27 @@ def _score(root: Path, found: Iterable[tuple[TensorSpec, Any]]) -> None:
 
 def allocate_and_pack(root: Path, method: Method) -> tuple[tuple[float, float], tuple[int, int], float]:
     """Seconds of both, peaks behind each in bytes, true bits per weight."""
-    index = models.describe(root / "model")
-    record = artifacts.SourceRecord("embedded", str(root / "model"), None, None, {})
-    checkpoint = models.Checkpoint.open(root / "model", index)
-    model = quantize.Model("m", index, record, checkpoint, lambda name: artifacts.read_statistics(root, name))
-    target = root / method.name
+    model, target = open_model(root), root / method.name
     started = time.perf_counter()
-    allocation = quantize.allocate(model, method, _quiet, Local(torch.get_num_threads()))
+    allocation = quantize.allocate(model, method, quiet, Local(torch.get_num_threads()))
     first, between = peak_bytes(), time.perf_counter()
-    quantize.pack(model, method, allocation, _text(index.vocabulary), target, _quiet)
+    quantize.pack(model, method, allocation, random_text(model.index, WORDS), target, quiet)
     ended = time.perf_counter()
-    bits = significant(8 * packed.file_bytes(target) / index.parameters)
+    bits = significant(8 * packed.file_bytes(target) / model.index.parameters)
     return (between - started, ended - between), (first, peak_bytes()), bits
 
 
-def _text(vocabulary: int, tokens: int = 0) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, vocabulary, max(WORDS, tokens)).astype(np.int32)
+def open_model(root: Path) -> quantize.Model:
+    """The model in `root`/model, its statistics in `root`."""
+    directory = root / "model"
+    index, record = models.describe(directory), artifacts.SourceRecord("embedded", str(directory), None, None, {})
+    checkpoint = models.Checkpoint.open(directory, index)
+    return quantize.Model("m", index, record, checkpoint, partial(artifacts.read_statistics, root))
+
+
+def random_text(index: ModelIndex, tokens: int) -> np.ndarray:
+    """int32 [tokens]."""
+    return np.random.default_rng(0).integers(0, index.vocabulary, tokens).astype(np.int32)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -160,7 +166,8 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _quiet(items: Sequence[Any], _: str) -> Iterable[Any]:
+def quiet(items: Sequence[Any], _: str) -> Iterable[Any]:
+    """No progress is shown."""
     return items
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
 from nashswarm.benchmarks.apart import alone, peak_bytes
-from nashswarm.benchmarks.quantization import Shape, write_model
+from nashswarm.benchmarks.quantization import Shape, open_model, quiet, random_text, write_model
 from nashswarm.benchmarks.workload import BATCH, INSIDE, PASS, TABLES, At, Model, takes_time
 from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_method
 from nashswarm.engine import Member, Ray
@@ -38,6 +38,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "market-coded-3_0": {"allocator": "market", "codec": "coded", "budget": 3.0},
 }  # fmt: skip
 SCORED, EVALUATED, PREFIX = 2 * BATCH, 2 * BATCH, PASS  # tokens
+READING = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
 TINY = Shape(1, 128, 2, 300)  # what is run before anything is recorded: libraries, compiled code
 
 
@@ -193,11 +194,7 @@ def _score(root: Path, tiny: Path) -> Record:
 def _method(root: Path, tiny: Path, name: str) -> list[Record]:
     method = parse_method(name, METHODS[name])
     for place in (tiny, root):
-        index = models.describe(place / "model")
-        source = artifacts.SourceRecord("embedded", str(place / "model"), None, None, {})
-        checkpoint = models.Checkpoint.open(place / "model", index)
-        model = quantize.Model("m", index, source, checkpoint, partial(artifacts.read_statistics, place))
-        found = list(_stages(model, method, place / name))
+        found = list(_stages(open_model(place), method, place / name))
     return found
 
 
@@ -212,27 +209,20 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
     width = next(t.shape[1] for t in index.tensors if t.name == index.head)
     said = evaluation.Baseline(np.zeros((len(ids), width), np.float32), np.zeros(1))
     original = partial(evaluation.open_original, directory, index, lambda: said)
-    split = TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
-    settings = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
     engine = Recorder(slots=len(ids))  # a batch to a task; the last one is a text of 64 tokens
     load = partial(loading.open_for_evaluation, target, directory, index)
-    evaluation.measure(load, original, split, settings, index.context, quiet, engine)
+    evaluation.measure(load, original, split_of(ids), READING, index.context, quiet, engine)
     yield _record("evaluate", method.name, index, engine)
+
+
+def split_of(ids: np.ndarray) -> TokenizedSplit:
+    """A test split of random ids, int32 [tokens], with one text of 64."""
+    return TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
 
 
 def _record(stage: str, method: str, index: ModelIndex, engine: Recorder) -> Record:
     rows, width = next(t.shape for t in index.tensors if t.name == index.head)
     return Record(stage, method, Model(index.layers, width, rows), peak_bytes(), engine.end())
-
-
-def random_text(index: ModelIndex, tokens: int) -> np.ndarray:
-    """int32 [tokens]."""
-    return np.random.default_rng(0).integers(0, index.vocabulary, tokens).astype(np.int32)
-
-
-def quiet(items: Sequence[Any], _: str) -> Iterable[Any]:
-    """No progress is shown."""
-    return items
 
 
 # --- in short ------------------------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
-from nashswarm.benchmarks.quantization import Shape, write_model
-from nashswarm.benchmarks.recording import METHODS, quiet, random_text
+from nashswarm.benchmarks.quantization import Shape, open_model, quiet, random_text, write_model
+from nashswarm.benchmarks.recording import METHODS, READING, split_of
 from nashswarm.benchmarks.timing import Spread, interleaved, plain
 from nashswarm.benchmarks.workload import BATCH
-from nashswarm.config import Compute, Evaluation, PaperProtocol, Scoring, parse_method
+from nashswarm.config import Compute, Scoring, parse_method
 from nashswarm.engine import Engine, Local, Ray
 from nashswarm.threads import set_threads
-from nashswarm.types import TokenizedSplit
 
 SHAPE = Shape(2, 768, 12, 4096)
 SCORED = 4 * BATCH  # tokens
@@ -84,7 +83,7 @@ def _score(root: Path, engine: Engine) -> None:
 
 def _pack(root: Path, name: str, engine: Engine) -> None:
     """The bits are decided once."""
-    model, method = _model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
+    model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
     kept = root / f"{name}-bits"
     if not kept.exists():
         with artifacts.fresh_directory(kept) as target:
@@ -96,22 +95,13 @@ def _pack(root: Path, name: str, engine: Engine) -> None:
 def _evaluate(root: Path, name: str, tokens: int, engine: Engine) -> None:
     index = models.describe(root / "model")
     ids, path = random_text(index, tokens), root / f"said-{tokens}.safetensors"
-    settings = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
-    split = TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
     if not path.exists():
         load = partial(models.load_streamed, root / "model", index)
-        artifacts.write_record(path, evaluation.original_outputs(load, split, settings, index.context, quiet))
+        artifacts.write_record(path, evaluation.original_outputs(load, split_of(ids), READING, index.context, quiet))
     said = partial(artifacts.read_record, path, evaluation.Baseline)
     load = partial(loading.open_for_evaluation, root / name, root / "model", index)
     original = partial(evaluation.open_original, root / "model", index, said)
-    evaluation.measure(load, original, split, settings, index.context, quiet, engine)
-
-
-def _model(root: Path) -> quantize.Model:
-    directory = root / "model"
-    index, source = models.describe(directory), artifacts.SourceRecord("embedded", str(directory), None, None, {})
-    checkpoint = models.Checkpoint.open(directory, index)
-    return quantize.Model("m", index, source, checkpoint, partial(artifacts.read_statistics, root))
+    evaluation.measure(load, original, split_of(ids), READING, index.context, quiet, engine)
 
 
 def nothing(shared: object, number: int) -> int:

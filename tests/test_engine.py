@@ -32,14 +32,15 @@ from nashswarm.types import InputError, NashSwarmError, Statistics, TokenizedSpl
 ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
+CORES = max(torch.get_num_threads(), 2)  # of a node; the miniature's stages ask for two
 KILLS, STORM = 1, 20  # rounds: in the small version, behind the marker
 SCORING = Scoring(tokens=512, batch_tokens=2 * CONTEXT)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes, each with cores for one task."""
-    own = {"num_cpus": max(torch.get_num_threads(), 2), "object_store_memory": 300 * 2**20}
+    """Two nodes."""
+    own = {"num_cpus": CORES, "object_store_memory": 300 * 2**20}
     found = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
     found.add_node(**own)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which no worker can import
@@ -67,6 +68,15 @@ def slow_square(_: object, number: int) -> tuple[int, int]:
     return number * number, os.getpid()
 
 
+def meet(_: object, place: Path) -> int:
+    """This process, once another one is there, too."""
+    (place / str(os.getpid())).touch()
+    end = time.monotonic() + 60  # the first task may have to wait for a worker to start
+    while len(list(place.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    return os.getpid()
+
+
 def refuse(_: object, number: int) -> None:
     raise InputError(f"{number}: no")
 
@@ -82,10 +92,11 @@ def test_results_come_in_order_and_few_tasks_are_ahead(at_once: bool, engine: Ra
             assert len(taken) - number <= max(AHEAD * one.slots, 4)
 
 
-def test_both_nodes_work(engine: Ray) -> None:
+def test_both_nodes_work(cluster: Any, tmp_path: Path) -> None:
+    engine = Ray(Compute(CORES, "ray", cluster.address))  # a task fills a node
     assert engine.slots == 2
-    found = {pid for _, pid in engine.map(slow_square, engine.share(object), ((n,) for n in range(12)))}
-    assert len(found) >= 2
+    found = set(engine.map(meet, engine.share(object), [(tmp_path,)] * 2))
+    assert len(found) == 2
     assert os.getpid() not in found
 
 

@@ -21,7 +21,7 @@ ROOMS = ("importance", "allocators", "codecs", "peers")
 # What lies below the rooms, and what each of these may import of the project. All else in src is the library above.
 FOUNDATION: dict[str, set[str]] = {
     "types": set(),
-    "bitpack": set(),
+    "bitpack": {"jit"},
     "jit": set(),
     "rans": {"jit"},
     "trellis": {"jit", "rans"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nashswarm import bitpack
@@ -13,6 +13,7 @@ from nashswarm.bitpack import MAX_WIDTH, pack, packed_size, unpack
 WIDTHS = range(1, MAX_WIDTH + 1)
 
 
+@settings(deadline=None)  # whatever width comes first is compiled
 @given(st.data())
 def test_unpack_inverts_pack(data: st.DataObject) -> None:
     width = data.draw(st.integers(1, MAX_WIDTH), "width")
@@ -34,10 +35,34 @@ def test_every_ragged_count_survives_at_full_range(width: int) -> None:
         assert np.array_equal(back, codes)
 
 
+@pytest.mark.parametrize("width", range(1, 9))
+def test_memory_may_be_read_only_and_lie_anywhere(width: int) -> None:
+    codes = np.random.default_rng(width).integers(0, 2**width, 101).astype(np.uint8)
+    packed = pack(codes, width)
+    for offset in range(9):
+        there = np.frombuffer(bytes(offset) + codes.tobytes() + packed.tobytes(), np.uint8)
+        assert np.array_equal(pack(there[offset : offset + 101], width), packed)
+        assert np.array_equal(unpack(there[offset + 101 :], width, 101), codes)
+    wide = np.repeat(packed, 2)
+    assert np.array_equal(unpack(wide[::2], width, 101), codes)
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_without_numba_the_bytes_are_the_same(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [np.random.default_rng(width).integers(0, 2**width, count).astype(np.uint8) for count in (0, 5, 77, 1000)]
+    compiled = [pack(codes, width) for codes in many]
+    monkeypatch.setattr(bitpack, "_moves", lambda _: None)
+    for codes, expected in zip(many, compiled, strict=True):
+        assert np.array_equal(pack(codes, width), expected)
+        back = unpack(expected, width, codes.size)
+        assert back.dtype == np.uint8
+        assert np.array_equal(back, codes)
+
+
 @pytest.mark.parametrize("more", [-9, -1, 0, 1, 8, 13])
 @pytest.mark.parametrize("width", range(1, 9))
-def test_blocks_join_without_a_seam(width: int, more: int) -> None:
-    codes = np.random.default_rng(width).integers(0, 2**width, 2 * bitpack.BLOCK + more).astype(np.uint8)
+def test_words_join_without_a_seam(width: int, more: int) -> None:
+    codes = np.random.default_rng(width).integers(0, 2**width, 1000 + more).astype(np.uint8)
     packed = pack(codes, width)
     bits = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :width]
     assert np.array_equal(packed, np.packbits(bits, bitorder="little"))

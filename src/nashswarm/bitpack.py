@@ -1,6 +1,6 @@
-"""Integers to bytes and back, any width from 1 to 16 bits, vectorised and pure.
+"""Integers to bytes and back, any width from 1 to 16 bits.
 
-Up to 8 bits, eight codes are moved at a time, as fields of one 64-bit word (SWAR), in blocks that fit the cache.
+Below 8 bits, eight codes are moved at a time, as fields of one 64-bit word (SWAR), by code compiled for the width.
 
 Layout: code i occupies bits [i * width, (i + 1) * width) of the stream; bit j of the stream is bit j % 8 of byte
 j // 8 (least significant first). The last byte is padded with zeros.
@@ -9,12 +9,16 @@ j // 8 (least significant first). The last byte is padded with zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 
+from nashswarm import jit
+
 MAX_WIDTH = 16
-CHUNK = 1 << 22  # codes per round above 8 bits: bounds their bit matrix to 64 MiB
-BLOCK = 1 << 17  # codes per round up to 8 bits
+CHUNK = 1 << 22  # codes per round where bits are spread one by one: bounds their matrix to 64 MiB
 
 
 def packed_size(count: int, width: int) -> int:
@@ -36,8 +40,8 @@ def pack(codes: np.ndarray, width: int) -> np.ndarray:
         return flat.astype(np.uint8)
     if width == 16:
         return flat.astype("<u2").view(np.uint8)
-    if width < 8:
-        return _pack_narrow(flat.astype(np.uint8, copy=False), width)
+    if width < 8 and (moves := _moves(width)):
+        return _pack_words(flat.astype(np.uint8, copy=False), width, moves[0])
     step = _aligned_chunk(width)
     return np.concatenate([_pack_bits(flat[i : i + step], width) for i in range(0, max(flat.size, 1), step)])
 
@@ -59,15 +63,19 @@ def unpack(data: np.ndarray, width: int, count: int) -> np.ndarray:
         return data.copy()
     if width == 16:
         return data.view("<u2").astype(np.uint16)
-    if width < 8:
-        return _unpack_narrow(data, width, count)
+    if width < 8 and (moves := _moves(width)):
+        return _unpack_words(data, width, count, moves[1])
     step = _aligned_chunk(width)
     parts = []
     for i in range(0, count, step):
         n = min(step, count - i)
         start = i * width // 8
         parts.append(_unpack_bits(data[start : start + packed_size(n, width)], width, n))
-    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+    return np.concatenate(parts) if parts else np.empty(0, _dtype(width))
+
+
+def _dtype(width: int) -> Any:
+    return np.uint8 if width <= 8 else np.uint16
 
 
 def _check_width(width: int) -> None:
@@ -80,96 +88,93 @@ def _aligned_chunk(width: int) -> int:
     return CHUNK // math.lcm(8, width) * 8
 
 
-def _pack_narrow(flat: np.ndarray, width: int) -> np.ndarray:
-    whole = flat.size // 8 * 8
+# --- eight codes at a time -----------------------------------------------------------------------------------------
+
+
+def _pack_words(flat: np.ndarray, width: int, squeeze: Callable[..., None]) -> np.ndarray:
+    whole, left = divmod(flat.size, 8)
     out = np.empty(packed_size(flat.size, width), np.uint8)
-    for i in range(0, whole, BLOCK):
-        _squeeze(flat[i : min(i + BLOCK, whole)], width, out[i // 8 * width : min(i + BLOCK, whole) // 8 * width])
-    if whole < flat.size:
+    squeeze(flat[: 8 * whole].view("<u8"), out)
+    if left:
         last = np.empty(width, np.uint8)
-        _squeeze(np.pad(flat[whole:], (0, -flat.size % 8)), width, last)
-        out[whole // 8 * width :] = last[: out.size - whole // 8 * width]
+        squeeze(np.pad(flat[8 * whole :], (0, 8 - left)).view("<u8"), last)
+        out[whole * width :] = last[: out.size - whole * width]
     return out
 
 
-def _unpack_narrow(data: np.ndarray, width: int, count: int) -> np.ndarray:
-    whole = count // 8 * 8
+def _unpack_words(data: np.ndarray, width: int, count: int, spread: Callable[..., None]) -> np.ndarray:
+    data, (whole, left) = np.ascontiguousarray(data), divmod(count, 8)
     out = np.empty(count, np.uint8)
-    for i in range(0, whole, BLOCK):
-        end = min(i + BLOCK, whole)
-        _spread(data[i // 8 * width : end // 8 * width], width, out[i:end])
-    if whole < count:
-        rest, last = data[whole // 8 * width :], np.empty(8, np.uint8)
-        _spread(np.pad(rest, (0, width - rest.size)), width, last)
-        out[whole:] = last[: count - whole]
+    spread(data, out[: 8 * whole].view("<u8"))
+    if left:
+        rest, last = data[whole * width :], np.empty(8, np.uint8)
+        spread(np.pad(rest, (0, width - rest.size)), last.view("<u8"))
+        out[8 * whole :] = last[:left]
     return out
 
 
-def _squeeze(codes: np.ndarray, width: int, out: np.ndarray) -> None:
-    """uint8 [8 n] -> uint8 [n width]."""
-    if 8 % width == 0:  # a byte at a time: its codes lie in a word of as many bytes, and the lowest byte collects them
-        words = codes.view(f"<u{8 // width}")
-        for shift in _shifts(width):
-            words = words | words >> words.dtype.type(shift)
-        np.copyto(out, words, casting="unsafe")
-        return
-    words = codes.view("<u8")
-    for up, low, high in _lanes(width):
-        above = words >> up
-        above &= high
-        words = words & low
-        words |= above
-    for i, byte in enumerate(words.view(np.uint8).reshape(-1, 8).T[:width]):
-        out[i::width] = byte
+@cache
+def _moves(width: int) -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """Eight codes [n] uint64 -> their bytes uint8 [n width], and back; None where numba is not installed.
+
+    Neighbours, then pairs, then fours come together. A number that is known when it is compiled, as `width` is, makes
+    it three to five times as fast as one that is not.
+    """
+    (up, low, high), (up2, low2, high2), (up4, low4, high4) = (_lane(width, lane) for lane in (8, 16, 32))
+
+    def squeeze(words: np.ndarray, out: np.ndarray) -> None:
+        for i in range(words.size):
+            x = words[i]
+            x = x & low | x >> up & high
+            x = x & low2 | x >> up2 & high2
+            x = x & low4 | x >> up4 & high4
+            for byte in range(width):
+                out[i * width + byte] = np.uint8(x >> np.uint64(8 * byte))
+
+    def spread(data: np.ndarray, words: np.ndarray) -> None:
+        for i in range(words.size):
+            x = np.uint64(0)
+            for byte in range(width):
+                x |= np.uint64(data[i * width + byte]) << np.uint64(8 * byte)
+            x = x & low4 | (x & high4) << up4
+            x = x & low2 | (x & high2) << up2
+            x = x & low | (x & high) << up
+            words[i] = x
+
+    try:
+        from numba import types
+    except ImportError:
+        return None
+    # What is read may lie anywhere, and in a file's memory.
+    words, data = (types.Array(t, 1, "C", readonly=True, aligned=False) for t in (types.uint64, types.uint8))
+    return (
+        jit.compiled(squeeze, [types.void(words, types.uint8[::1])]),
+        jit.compiled(spread, [types.void(data, types.uint64[::1])]),
+    )
 
 
-def _spread(data: np.ndarray, width: int, out: np.ndarray) -> None:
-    """Inverse of `_squeeze`."""
-    if 8 % width == 0:
-        words = out.view(f"<u{8 // width}")
-        words[:] = data
-        for shift in reversed(_shifts(width)):
-            words |= words << words.dtype.type(shift)
-        out &= np.uint8((1 << width) - 1)
-        return
-    words = out.view("<u8")
-    words[:] = 0
-    for i, byte in enumerate(out.reshape(-1, 8).T[:width]):
-        byte[:] = data[i::width]
-    for up, low, high in reversed(_lanes(width)):
-        above = words & high
-        above <<= up
-        words &= low
-        words |= above
-
-
-def _shifts(width: int) -> list[int]:
-    """By which neighbours, pairs and fours of codes come together."""
-    return [lane - lane // 8 * width for lane in (8, 16, 32)[: (8 // width).bit_length() - 1]]
-
-
-def _lanes(width: int) -> list[tuple[np.uint64, np.uint64, np.uint64]]:
+def _lane(width: int, lane: int) -> tuple[np.uint64, np.uint64, np.uint64]:
     """For fields in lanes of 8, 16, 32 bits: the shift that joins two, where the low one is, where the high one goes.
 
     (After joining; before, it is that far above.)
     """
-    found = []
-    for lane in (8, 16, 32):
-        size = lane // 8 * width
-        low = sum(((1 << size) - 1) << start for start in range(0, 64, 2 * lane))
-        found.append((np.uint64(lane - size), np.uint64(low), np.uint64(low << size)))
-    return found
+    size = lane // 8 * width
+    low = sum(((1 << size) - 1) << start for start in range(0, 64, 2 * lane))
+    return np.uint64(lane - size), np.uint64(low), np.uint64(low << size)
+
+
+# --- bit by bit ----------------------------------------------------------------------------------------------------
 
 
 def _pack_bits(flat: np.ndarray, width: int) -> np.ndarray:
-    """Above 8 bits: spread every code into its bits, then let numpy gather them."""
+    """Spread every code into its bits, then let numpy gather them."""
     bits = (flat.astype(np.uint16)[:, None] >> np.arange(width, dtype=np.uint16)) & np.uint16(1)
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
 
 def _unpack_bits(data: np.ndarray, width: int, count: int) -> np.ndarray:
     bits = np.unpackbits(data, bitorder="little", count=count * width).reshape(count, width)
-    out = np.zeros(count, np.uint16)
+    out = np.zeros(count, _dtype(width))
     for i in range(width):
-        out |= bits[:, i].astype(np.uint16) << np.uint16(i)
+        out |= bits[:, i].astype(out.dtype) << out.dtype.type(i)
     return out

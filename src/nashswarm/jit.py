@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
-def compiled(function: Callable[..., Any], signatures: str | Sequence[str]) -> Callable[..., Any]:
-    """The function, compiled for its signatures; it runs without the GIL. Raises ImportError where numba is missing."""
+def compiled(function: Callable[..., Any], signatures: Any) -> Callable[..., Any]:
+    """The function, compiled for its signatures, as numba takes them; it runs without the GIL.
+
+    Raises ImportError where numba is missing.
+    """
     import numba  # type: ignore[import-untyped, unused-ignore]
 
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}

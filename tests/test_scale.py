@@ -75,10 +75,10 @@ def test_every_worker_makes_what_its_tasks_have_in_common() -> None:
 
 def test_a_long_task_holds_up_those_that_are_too_far_ahead() -> None:
     """Results come in order, so no more than AHEAD tasks for each worker are under way."""
-    phases = [Phase([Task(10.0)] + [Task(1.0)] * 20)]
+    tasks = [Task(10.0)] + [Task(1.0)] * 20
     within = 2 * AHEAD - 1  # which the second worker has done by then
-    assert makespan(phases, 2) == pytest.approx(10 + (20 - within) / 2, abs=1)
-    assert makespan(phases, 2, ahead=21) < makespan(phases, 2)
+    assert makespan([Phase(tasks)], 2) == pytest.approx(10 + (20 - within) / 2, abs=1)
+    assert makespan([Phase(tasks, ahead=21)], 2) < makespan([Phase(tasks)], 2)
 
 
 def test_schedules_repeat() -> None:

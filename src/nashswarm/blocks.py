@@ -132,12 +132,12 @@ def outputs_by_block(
     """
     blocks = model.get_submodule(block_path(model))
     assert isinstance(blocks, nn.ModuleList)
+    placed = [{name: values.to(model.device) for name, values in batch.items()} for batch in inputs]
     states, calls = [], []
     with torch.inference_mode():
         with _held(blocks[0]):
-            for batch in inputs:
-                placed = {name: values.to(model.device) for name, values in batch.items()}
-                call = called_with(blocks[0], partial(model.base_model, **placed, use_cache=False))
+            for batch in placed:
+                call = called_with(blocks[0], partial(model.base_model, **batch, use_cache=False))
                 assert call is not None
                 (state, *arguments), keywords = call
                 states.append(state)
@@ -146,10 +146,9 @@ def outputs_by_block(
             with _held(blocks[layer]):
                 for number, (arguments, keywords) in enumerate(calls):
                     states[number] = _first(blocks[layer](states[number], *arguments, **keywords))
-        for number, batch in enumerate(inputs):
+        for number, batch in enumerate(placed):
             with replaced_blocks(model, blocks, states[number]):
-                placed = {name: values.to(model.device) for name, values in batch.items()}
-                states[number] = model.base_model(**placed, use_cache=False)[0]
+                states[number] = model.base_model(**batch, use_cache=False)[0]
     return states
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 AHEAD = 2  # tasks under way for each slot: what bounds the object store
+FARTHER = 8  # the same of tasks that are given names and return a matrix' codes, or less
 RETRIES = 20  # of a task or a member whose worker is lost
 EXTRA = "engine: ray needs the package; pip install -c constraints.txt -e '.[ray]'"
 
@@ -60,12 +61,18 @@ class Engine(Protocol):
         """
 
     def map(
-        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], at_once: bool = False
+        self,
+        function: Callable[..., Any],
+        shared: Any,
+        items: Iterable[tuple[Any, ...]],
+        at_once: bool = False,
+        ahead: int = AHEAD,
     ) -> Iterator[Any]:
         """function(shared, *item) for every item, in order.
 
         Arguments: `at_once`, for tasks which are numpy for the most part, which uses one core: in this process, too, as
-        many of them run at the same time as there are threads.
+        many of them run at the same time as there are threads. `ahead`, how many for each slot may be under way on a
+        cluster: with few, a long task holds up all that are to come behind it; with many, more results wait.
         """
 
 
@@ -85,7 +92,12 @@ class Local:
         return _Lazy(make)
 
     def map(
-        self, function: Callable[..., Any], shared: _Lazy, items: Iterable[tuple[Any, ...]], at_once: bool = False
+        self,
+        function: Callable[..., Any],
+        shared: _Lazy,
+        items: Iterable[tuple[Any, ...]],
+        at_once: bool = False,
+        ahead: int = AHEAD,
     ) -> Iterator[Any]:
         """As `Engine.map`."""
         if not at_once:
@@ -153,7 +165,12 @@ class Ray:
         return _Shared(uuid.uuid4().hex, self.ray.put(make), self.gpus * on_device)
 
     def map(
-        self, function: Callable[..., Any], shared: _Shared, items: Iterable[tuple[Any, ...]], at_once: bool = False
+        self,
+        function: Callable[..., Any],
+        shared: _Shared,
+        items: Iterable[tuple[Any, ...]],
+        at_once: bool = False,
+        ahead: int = AHEAD,
     ) -> Iterator[Any]:
         """As `Engine.map`."""
         options = {"num_cpus": self.threads, "num_gpus": shared.gpus, "max_retries": RETRIES}
@@ -161,7 +178,7 @@ class Ray:
         under_way: deque[Any] = deque()
         for item in items:
             under_way.append(call.remote(self.place, shared, function, *item))
-            if len(under_way) >= AHEAD * self.slots:
+            if len(under_way) >= ahead * self.slots:
                 yield self.get(under_way.popleft())
         while under_way:
             yield self.get(under_way.popleft())

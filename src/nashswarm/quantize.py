@@ -19,7 +19,7 @@ from torch import Tensor
 from nashswarm import artifacts, packed
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Method, load_room
-from nashswarm.engine import LOCAL, Engine, Ray
+from nashswarm.engine import FARTHER, LOCAL, Engine, Ray
 from nashswarm.models import Checkpoint, load_streamed
 from nashswarm.packed import Provenance, write_packed
 from nashswarm.propagation import Aim, Propagation
@@ -77,7 +77,8 @@ def allocate(model: Model, method: Method, progress: Progress, engine: Engine = 
     scope = model.index.scope(method.scope)
     tensors = progress(scope, "allocate")
     if allocator.BUYS == "candidates":
-        found = engine.map(_candidates, engine.share(partial(_same, model)), ((t, method) for t in scope), True)
+        shared, items = engine.share(partial(_same, model)), ((tensor, method) for tensor in scope)
+        found = engine.map(_candidates, shared, items, True, FARTHER)
         offers = [Offer(tensor, candidates=own) for tensor, own in zip(tensors, found, strict=True)]
         return _buy(model, method, offers, engine)
     with_importance = (_offer(model, tensor, method, allocator.NEEDS_IMPORTANCE) for tensor in tensors)
@@ -249,7 +250,8 @@ def encode(
     restore = codec.Rounded if two_passes else PackedTensor
     shared, rounded = engine.share(partial(_same, model)), list[Any]()
     wanted = ((t, allocation.choices[t.name]) for t in order if t.name in allocation.choices and not finished.has(t))
-    apart = engine.map(_encode, shared, ((t, method, c) for t, c in wanted), not course.steer) if course.apart else None
+    items = ((tensor, method, choice) for tensor, choice in wanted)
+    apart = engine.map(_encode, shared, items, not course.steer, FARTHER) if course.apart else None
     for tensor in progress(order, "pack"):
         choice = allocation.choices.get(tensor.name)
         if choice is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -209,25 +210,29 @@ def _forward(blocks: Blocks, layer: int, number: int, hidden: Tensor) -> Tensor:
         return blocks.run(layer, number, hidden.to(blocks.model.device, blocks.model.dtype, copy=True)).float().cpu()
 
 
-def _head(blocks: Blocks, number: int, hidden: Tensor, place: Tensor) -> tuple[Tensor, dict[str, _Found]]:
-    """d loss / d hidden, and sums for the head. Arguments: `place` in the stream of labels, a generator's state."""
-    head, generator = blocks.model.get_output_embeddings(), torch.Generator()
-    generator.set_state(place)
+def _head(blocks: Blocks, number: int, hidden: Tensor, stream: torch.Generator) -> tuple[Tensor, dict[str, _Found]]:
+    """d loss / d hidden, and sums for the head. Arguments: `stream`, of labels; it moves on."""
+    head = blocks.model.get_output_embeddings()
     name, hidden = blocks.name_of(head), _leaf(blocks, hidden)
     found = {name: _Found()}
     with replaced_blocks(blocks.model, blocks.blocks, hidden), _hooked({name: head}, found, False):
         windows = blocks.windows[blocks.batches()[number]]
         logits = blocks.model(windows, use_cache=False).logits.float().flatten(0, 1)
     p = logits.detach().softmax(-1).cpu()
-    labels = torch.multinomial(p, 1, generator=generator).squeeze(1).to(logits.device)
+    labels = _labels(p, stream).to(logits.device)
     # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
     found[name].sums.append(("fisher", (p * (1 - p)).sum(0, dtype=torch.float64)))
     functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), _packed(found)
+    return hidden.grad.float().cpu(), _on_processor(found)
 
 
-def _packed(found: dict[str, _Found]) -> dict[str, _Found]:
+def _labels(p: Tensor, stream: torch.Generator) -> Tensor:
+    """int64 [tokens], of probabilities [tokens, rows]: takes a number for each token and row."""
+    return torch.multinomial(p, 1, generator=stream).squeeze(1)
+
+
+def _on_processor(found: dict[str, _Found]) -> dict[str, _Found]:
     """The same on the processor: GPUs' memory is not sent."""
     return {name: replace(own, sums=[(key, value.cpu()) for key, value in own.sums]) for name, own in found.items()}
 
@@ -248,7 +253,7 @@ def _block(
         output = blocks.run(layer, number, hidden)
         output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), _packed(found) if sent else found
+    return hidden.grad.float().cpu(), _on_processor(found) if sent else found
 
 
 # --- all batches ---------------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ class _Run:
 
     def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
         """Statistics of what follows the blocks; fills `gradients` with d loss / d output of the last block."""
-        items = ((n, outputs[b].clone(), place) for n, (b, place) in enumerate(self._places()))
+        items = ((n, outputs[b].clone(), stream) for n, (b, stream) in enumerate(self._streams()))
         return self._summed(self.engine.map(_head, self.shared, items), gradients, "head")
 
     def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
@@ -300,13 +305,14 @@ class _Run:
         items = ((layer, n, inputs[b].clone(), gradients[b].clone(), sent) for n, b in enumerate(self.batches))
         return self._summed(self.engine.map(_block, self.shared, items), gradients)
 
-    def _places(self) -> Iterator[tuple[slice, Tensor]]:
-        """Batches, and where each is in the stream of numbers by which labels are drawn: one for each token and row."""
-        generator = torch.Generator().manual_seed(self.scoring.seed)
-        for batch in self.batches:
-            yield batch, generator.get_state()
-            tokens = (min(batch.stop, self.shape[0]) - batch.start) * self.shape[1]
-            torch.multinomial(torch.ones(tokens, self.index.vocabulary), 1, generator=generator)
+    def _streams(self) -> Iterator[tuple[slice, torch.Generator]]:
+        """Batches, each with the stream of labels as the batch before left it, which is seen in this process alone."""
+        stream = torch.Generator().manual_seed(self.scoring.seed)
+        for batch, following in zip_longest(self.batches, self.batches[1:]):
+            yield batch, stream.clone_state() if self.engine.apart else stream
+            if self.engine.apart and following:
+                tokens = (min(batch.stop, self.shape[0]) - batch.start) * self.shape[1]
+                _labels(torch.ones(tokens, self.index.vocabulary), stream)
 
     def _summed(
         self, found: Iterator[tuple[Tensor, dict[str, _Found]]], gradients: Tensor, what: str | None = None

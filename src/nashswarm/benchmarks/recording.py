@@ -73,7 +73,7 @@ class Recorder(Ray):
         return self.note("start", "", make)
 
     def map(  # type: ignore[override, unused-ignore]
-        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], at_once: bool = False
+        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], *_: Any
     ) -> Iterator[Any]:
         """One after the other."""
         name, rest = function.__name__, iter(items)
@@ -138,7 +138,9 @@ def _about(arguments: Sequence[Any]) -> str:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of the arrays in a value."""
+    """Bytes of the arrays in a value, a generator's state among them."""
+    if isinstance(value, torch.Generator):
+        value = value.get_state()
     if isinstance(value, Tensor | np.ndarray):
         return int(value.nbytes)
     if dataclasses.is_dataclass(value):

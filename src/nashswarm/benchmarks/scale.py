@@ -33,10 +33,10 @@ from nashswarm.benchmarks.workload import (
     sent,
 )
 from nashswarm.config import Scoring, parse_method
+from nashswarm.engine import FARTHER
 from nashswarm.types import ModelIndex, TensorSpec
 
 WORKERS = (1, 2, 4, 8, 16)
-FARTHER = 8
 STAGES = ("score", "allocate", "pack", "evaluate")
 CASES = [("score", "all"), *((stage, method) for method in METHODS for stage in STAGES[1:])]
 # Whose tasks are the same code for all methods: they are fitted together.
@@ -147,11 +147,14 @@ class Stages:
         places = [At(self.model, role) for role in self._places()]
         offers, trial = ([self._task("allocate", method, f, at) for at in places] for f in ("_candidates", "_encode"))
         gap = self.prices.seconds("allocate", method, "round", "gap", At(self.model))
-        return [Phase(offers), Phase(trial), Phase(gap=gap)]
+        return [Phase(offers, ahead=FARTHER), Phase(trial, ahead=FARTHER), Phase(gap=gap)]
 
     def _apart(self, method: str) -> list[Phase]:
         tasks = [self._task("pack", method, "_encode", At(self.model, role)) for role in self._places()]
-        return [Phase(tasks), Phase(gap=self.prices.seconds("pack", method, "end", "gap", At(self.model)))]
+        return [
+            Phase(tasks, ahead=FARTHER),
+            Phase(gap=self.prices.seconds("pack", method, "end", "gap", At(self.model))),
+        ]
 
     def _chain(self, method: str, workers: int) -> list[Phase]:
         batches = self.text.prefix[method]
@@ -223,10 +226,7 @@ class Stages:
 
 
 def speed_ups(stages: Stages, network: Network, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows: a stage by a method, or a grid of so many methods, against one worker without a network.
-
-    `farther` is as `speed_up`, had the engine FARTHER tasks under way for each worker, in place of AHEAD.
-    """
+    """Rows: a stage by a method, or a grid of so many methods, against one worker without a network."""
     found = [_row(stages, stage, method, network) for stage, method in CASES if stages.one(stage, method) > 0]
     for size in sizes:
         methods = [list(METHODS)[i % len(METHODS)] for i in range(size)]
@@ -243,16 +243,12 @@ def _row(stages: Stages, stage: str, method: str, network: Network) -> dict[str,
     alone = stages.one(stage, method)
     speed_up = {str(n): round(alone / stages.many(stage, method, n, network), 2) for n in WORKERS}
     moved = stages.moved(stage, method, WORKERS[-1])
-    farther = {
-        str(n): round(alone / makespan(stages.phases(stage, method, n), n, network, FARTHER), 2) for n in WORKERS
-    }
     return {
         "stage": stage,
         "method": method,
         "seconds": _digits(alone),
         "moved_gb": _digits(moved / 1e9),
         "speed_up": speed_up,
-        "farther": farther,
     }
 
 

@@ -1,8 +1,8 @@
 """How long workers take for tasks whose times are known: list scheduling, by the rules of `engine.Ray`.
 
 One driver makes tasks in order, hands each to the worker that is free first, has no more than AHEAD tasks for each
-worker under way, and handles results in order. What it does itself is serial, and all bytes pass its link, full duplex.
-No randomness: the same tasks give the same times.
+worker under way, FARTHER where results are small, and handles results in order. What it does itself is serial, and all
+bytes pass its link, full duplex. No randomness: the same tasks give the same times.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Phase:
     tasks: Sequence[Task] = ()
     gap: float = 0.0  # seconds of the driver before the first
     start: float = 0.0  # seconds of each worker before its first: what its tasks have in common is made
+    ahead: int = AHEAD  # tasks under way for each worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,15 @@ def serial(phases: Sequence[Phase]) -> float:
     return tasks + sum(phase.gap + phase.start * bool(phase.tasks) for phase in phases)
 
 
-def makespan(phases: Sequence[Phase], workers: int, network: Network = NONE, ahead: int = AHEAD) -> float:
-    """Seconds until the driver has handled the last result. Arguments: `ahead`, tasks under way for each worker."""
+def makespan(phases: Sequence[Phase], workers: int, network: Network = NONE) -> float:
+    """Seconds until the driver has handled the last result."""
     now = 0.0
     for phase in phases:
-        now = _phase(phase, workers, network, now + phase.gap, ahead)
+        now = _phase(phase, workers, network, now + phase.gap)
     return now
 
 
-def _phase(phase: Phase, workers: int, network: Network, now: float, ahead: int) -> float:
+def _phase(phase: Phase, workers: int, network: Network, now: float) -> float:
     free, fresh = [now] * workers, workers
     out = back = now  # when the link's two ways are free
     under_way: deque[tuple[float, Task]] = deque()  # when its result was made, and whose it is
@@ -78,7 +79,7 @@ def _phase(phase: Phase, workers: int, network: Network, now: float, ahead: int)
         begin, fresh = begin + phase.start * (fresh > 0), fresh - 1
         heapq.heappush(free, begin + task.seconds)
         under_way.append((begin + task.seconds, task))
-        if len(under_way) >= ahead * workers:
+        if len(under_way) >= phase.ahead * workers:
             handle()
     while under_way:
         handle()

@@ -36,14 +36,13 @@ def _speed_ups(document: Mapping[str, Any]) -> str:
     models: Mapping[str, Any] = document["speed_ups"]
     others = [name for name in MODELS if name in models and name != LARGEST]
     keyed = {name: {(r["stage"], r["method"]): r for r in rows} for name, rows in models.items()}
-    head = ["stage", "method", "s, one worker", *(f"N = {n}" for n in SHOWN), "16, 8 ahead", "GB moved"]
+    head = ["stage", "method", "s, one worker", *(f"N = {n}" for n in SHOWN), "GB moved"]
     head += [f"{name}, 16" for name in others]
 
     def row(place: tuple[str, str]) -> list[str]:
         own = keyed[LARGEST][place]
-        farther = f"{own['farther']['16']:.1f}" if "farther" in own else NONE
         moved = f"{own['moved_gb']:g}" if "moved_gb" in own else NONE
-        cells = [*place, f"{own['seconds']:.0f}", *(f"{own['speed_up'][n]:.1f}" for n in SHOWN), farther, moved]
+        cells = [*place, f"{own['seconds']:.0f}", *(f"{own['speed_up'][n]:.1f}" for n in SHOWN), moved]
         return [*cells, *(f"{keyed[name][place]['speed_up']['16']:.1f}" for name in others)]
 
     return _table(head, map(row, keyed[LARGEST]))

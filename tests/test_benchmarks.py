@@ -372,10 +372,10 @@ def test_no_section_where_nothing_was_measured() -> None:
     assert speed.section(dict.fromkeys(BENCHMARKS), 40) == []
 
 
-def test_the_section_tells_machine_tables_and_one_figure(measured: dict[str, Any]) -> None:
+def test_the_section_tells_machine_tables_and_figures(measured: dict[str, Any]) -> None:
     blocks = speed.section(measured, 40)
     assert [b.text for b in blocks if isinstance(b, Heading)] == ["Speed"]
-    assert [b.name for b in blocks if isinstance(b, Picture)] == ["speed.png"]
+    assert [b.name for b in blocks if isinstance(b, Picture)] == ["speed.png", "growth.png"]
     tables = [b for b in blocks if isinstance(b, Table)]
     assert len(tables) == 5
     for table in tables:
@@ -390,7 +390,7 @@ def test_the_section_tells_machine_tables_and_one_figure(measured: dict[str, Any
 @pytest.mark.parametrize("kind", BENCHMARKS)
 def test_each_kind_can_be_shown_alone(kind: str, measured: dict[str, Any]) -> None:
     blocks = speed.section({k: measured[k] if k == kind else None for k in BENCHMARKS}, 40)
-    assert sum(isinstance(b, Picture) for b in blocks) == (kind in ("kernels", "decode"))
+    assert sum(isinstance(b, Picture) for b in blocks) == (kind != "packing")
     assert any(isinstance(b, Table) for b in blocks)
 
 

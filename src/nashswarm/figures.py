@@ -288,6 +288,39 @@ def paces(found: Sequence[Pace], dpi: int) -> bytes:
     return _png(canvas, dpi)
 
 
+def growth(panels: Mapping[str, Mapping[str, Curve]], dpi: int) -> bytes:
+    """What grows with a model's parameters, as PNG; logarithmic.
+
+    Arguments: `panels`, label of a vertical axis -> name of a line, the same in all -> points (parameters, amount).
+    """
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+
+    canvas = _canvas(2.5 * len(panels) + 0.6, dpi)
+    found = canvas.figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, curves) in zip(found, panels.items(), strict=True):
+        for (name, points), (colour, marker) in zip(curves.items(), itertools.cycle(KINDS), strict=False):
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, markersize=5.5, linewidth=1.3, label=name
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis, form in (
+            (axes.xaxis, EngFormatter(sep="")),
+            (axes.yaxis, FuncFormatter(lambda value, _: f"{value:g}")),
+        ):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(form)
+        axes.set_ylabel(label, color=INK)
+        axes.grid(color=FAINT, linewidth=0.7)
+        axes.set_axisbelow(True)
+        _plain(axes)
+    found[-1].set_xlabel("parameters of the model", color=INK)
+    lines = found[0].get_legend_handles_labels()
+    canvas.figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return _png(canvas, dpi)
+
+
 def stacked(parts: Mapping[str, Mapping[str, float]], dpi: int) -> bytes:
     """Bits per weight by part of the file, one bar for each method, as PNG.
 

@@ -14,6 +14,7 @@ from nashswarm.rendering import Block, Heading, Picture, Table, Text
 Document = Mapping[str, Any]
 NONE = "–"
 MIB = 2**20
+INSTANT = 0.01  # seconds; to allocate one width for all is no work
 XL = 1_557_611_200  # parameters of GPT-2 XL
 LIMITS = (
     'Times (under "Speed") are of one machine, do not repeat to the byte, and are tracked measurements, which none of '
@@ -166,10 +167,15 @@ def _missing(document: Document) -> list[Block]:
     return [Text(f"No figures for {name} ({'; '.join(what)}): {why}.") for (name, why), what in reasons.items()]
 
 
-# --- the figure ----------------------------------------------------------------------------------------------------
+# --- the figures ---------------------------------------------------------------------------------------------------
 
 
 def _pictures(measured: Mapping[str, Document], dpi: int) -> list[Block]:
+    found = [*_paces(measured, dpi)]
+    return [*found, _growth(measured["quantization"], dpi)] if "quantization" in measured else found
+
+
+def _paces(measured: Mapping[str, Document], dpi: int) -> list[Block]:
     """Products with the first number of rows, and tokens; a group for each matrix and model."""
     from nashswarm import figures
 
@@ -192,6 +198,24 @@ def _pictures(measured: Mapping[str, Document], dpi: int) -> list[Block]:
         "that only reads the packed bytes, at the machine's speed."
     )
     return [Picture("speed.png", caption, figures.paces(paces, dpi))]
+
+
+def _growth(document: Document, dpi: int) -> Block:
+    """What each step of quantizing takes, against the model's size."""
+    from nashswarm import figures
+
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"seconds": {}, "peak, GiB": {}}
+    for step in sorted(document["rows"], key=lambda s: int(s["weights"])):
+        if step["seconds"] < INSTANT:
+            continue
+        name = step["step"] if step["step"] == "score" else f"{step['method']}, {step['step']}"
+        for label, amount in (("seconds", step["seconds"]), ("peak, GiB", step["peak_bytes"] / 2**30)):
+            panels[label].setdefault(name, []).append((step["weights"], amount))
+    caption = (
+        "Time and memory of quantizing against the size of the model: score once for all methods, then allocate and "
+        "pack by each. Models of GPT-2's make with random weights."
+    )
+    return Picture("growth.png", caption, figures.growth(panels, dpi))
 
 
 def _shown(kind: str, document: Document) -> Sequence[Mapping[str, Any]]:

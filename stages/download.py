@@ -20,17 +20,20 @@ def main(params: Params, model: str) -> None:
         files = models.checkpoint_files(directory)
         models.check_finite(directory, progress)  # before transformers is loaded: what is quick to find comes first
         context = models.context_of(directory)
+        models.padding_token(models.config_of(directory))
         corpora.check_paper_length(params.evaluation.paper.length, context)
         tokenizer = models.load_tokenizer(directory)
         splits = {
             name: {split: corpora.tokenize(lines, tokenizer) for split, lines in found.items()}
             for name, found in texts.items()
         }
-        window = min(context, params.evaluation.context)
-        corpora.check_run(splits, params.active.calibration, params.active.corpora, window, tokenizer.decode)
+        index = models.describe(directory)
+        every = {f"corpora.{name}.{split}": t for name, found in splits.items() for split, t in found.items()}
+        corpora.check_vocabulary(every, index.vocabulary)
+        windows = min(context, 1024), min(context, params.evaluation.context)
+        corpora.check_run(splits, params.active.calibration, params.active.corpora, windows, tokenizer.decode)
         for name, tokenized in splits.items():
             artifacts.write_tokens(target, name, tokenized)
-        index = models.describe(directory)
         models.Checkpoint.open(directory, index)  # every parameter is there, in its shape
         hashes = {name: artifacts.sha256_file(directory / name) for name in files}
         record = artifacts.SourceRecord(source.source, str(recorded), source.id, source.revision, hashes)

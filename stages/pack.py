@@ -19,8 +19,8 @@ def main(params: Params, model: str, method: str) -> None:
     opened = quantize.open_model(LAYOUT, model)
     preflight.check([preflight.packing_need(opened.index, recipe)], LAYOUT.root)
     parent, files = LAYOUT.staging / "packed" / model, opened.record.files
-    journal = quantize.open_journal(parent, method, recipe, allocation, ids, files, LAYOUT.scores(model))
-    engine = make_engine(params.compute, "pack")
+    engine, scores = make_engine(params.compute, "pack"), LAYOUT.scores(model)
+    journal = quantize.open_journal(parent, method, recipe, allocation, ids, files, scores, engine.device)
     quantize.pack(opened, recipe, allocation, ids, LAYOUT.packed(model, method), progress, journal, engine)
     journal.close()
 

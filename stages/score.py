@@ -19,10 +19,10 @@ def main(params: Params, model: str) -> None:
     record = artifacts.read_source(download)
     ids = artifacts.read_tokens(download, params.active.calibration, "calibration").ids
     directory, facts = record.open(LAYOUT.root), (record.files, artifacts.digest(ids), params.scoring)
-    where = params.compute.threads, params.compute.device_of("score")
-    journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, *where, statistics.code())
     preflight.check([preflight.scoring_need(index, params.scoring)], LAYOUT.root)
     engine, dtype = make_engine(params.compute, "score"), params.scoring.dtype
+    where = params.compute.threads, engine.device
+    journal = artifacts.Journal.of(LAYOUT.staging / "scores", model, *facts, *where, statistics.code())
     load = partial(models.load_streamed, directory, index, device=engine.device, dtype=dtype)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
         for tensor, found in statistics.gather(load, index, ids, params.scoring, progress, journal, engine):

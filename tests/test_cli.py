@@ -15,6 +15,7 @@ import yaml
 from conftest import FAMILIES, PROJECT, Checkpoints, Packed, edit_json, tiny_text
 
 from nashswarm import cli, models, packed
+from nashswarm.config import load_params
 from nashswarm.loading import load
 
 PackedModels = Callable[[str, str], Packed]
@@ -178,6 +179,13 @@ def test_shards_and_a_single_file_are_packed_to_the_same_bytes(
         made.append({p.name: p.read_bytes() for p in sorted(target.iterdir())})
     assert len(list((tmp_path / "True/model").glob("*.safetensors"))) > 1
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(("codec", "bits"), [("coded", 3), ("coded", 2.5), ("tiles", 3.25)])
+def test_a_budget_means_the_method_of_params(codec: str, bits: float) -> None:
+    methods = load_params(PROJECT / "params.yaml").methods
+    found = cli._method(None, bits, codec, [])
+    assert found == methods[found.name]
 
 
 def test_a_method_of_a_file_and_its_changes(checkpoint: Checkpoints, text: Path, tmp_path: Path, call: Call) -> None:

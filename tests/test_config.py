@@ -313,6 +313,9 @@ def test_an_allocator_whose_choice_a_codec_cannot_encode_is_refused(
         ("compute/device", {"score": "coda"}, "compute.device.score: 'coda' is unknown"),
         ("scoring/dtype", "float16", "scoring.dtype: 'float16' is unknown"),
         ("report/dpi", 1, "report.dpi: 1"),
+        ("scoring/seed", -1, "scoring.seed: -1 is too small; at least 0"),
+        ("evaluation/seed", -1, "evaluation.seed: -1"),
+        ("methods/nash/seed", -1, "methods.nash.seed: -1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(path: str, value: object, key: str) -> None:
@@ -373,6 +376,8 @@ def load(tmp_path: Path) -> Callable[[str], Params]:
         ("scoring:\n  seed: 010\n", r"^010: a leading zero \(line 2\)"),
         ("scoring:\n  tokens: -0512\n", r"^-0512: a leading zero"),
         ("scoring: [1\n", "params.yaml: not valid YAML"),
+        ("scoring: &a\n  seed: 1\nevaluation:\n  <<: *a\n", r"^line 4: a key is a word here; write out what `<<`"),
+        ("scoring:\n  {seed: 1}: 2\n", r"^line 2: a key is a word here"),
         ("- a\n", "params.yaml: expected a block of keys"),
         ("", "params.yaml: expected a block of keys"),
     ],

@@ -19,6 +19,7 @@ from nashswarm.corpora import (
     check_long_enough,
     check_paper_length,
     check_run,
+    check_vocabulary,
     read_text_file,
     read_texts,
     tokenize,
@@ -190,9 +191,28 @@ def test_splits_shorter_than_a_run_share_none() -> None:
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:
-    check_long_enough("corpora.c.test", random_ids(32, 1), 32)
+    check_long_enough("corpora.c.test", random_ids(32, 1), 32, "")
     with pytest.raises(InputError, match=r"corpora\.c\.test: 31 tokens do not fill one window of 32"):
-        check_long_enough("corpora.c.test", random_ids(31, 1), 32)
+        check_long_enough("corpora.c.test", random_ids(31, 1), 32, "")
+
+
+def test_calibration_is_held_against_the_window_of_scoring() -> None:
+    calibration, test = (split_of(random_ids(200, seed)) for seed in range(2))
+    splits = {"a": {"calibration": calibration, "test": test}}
+    check_run(splits, "a", ["a"], (200, 32))
+    with pytest.raises(InputError, match=r"a\.calibration: 200 tokens do not fill one window of 201; give more text$"):
+        check_run(splits, "a", ["a"], (201, 32))
+    with pytest.raises(InputError, match=r"a\.test: .* of 201; give more text, or lower evaluation\.context$"):
+        check_run(splits, "a", ["a"], (32, 201))
+
+
+def test_tokens_that_the_model_has_no_row_for_are_refused() -> None:
+    splits = {"a.test": split_of(np.array([0, 1, 319, 2]))}
+    check_vocabulary(splits, 320)
+    with pytest.raises(
+        InputError, match=r"a\.test: the tokenizer makes token 319 of it, and the model's vocabulary has 319"
+    ):
+        check_vocabulary(splits, 319)
 
 
 def test_texts_of_the_papers_protocol_must_fit_the_context() -> None:
@@ -204,29 +224,29 @@ def test_texts_of_the_papers_protocol_must_fit_the_context() -> None:
 def test_a_run_needs_calibration_and_tests_that_do_not_overlap() -> None:
     calibration, test, other = (split_of(random_ids(200, seed)) for seed in range(3))
     whole = {"calibration": calibration, "test": test}
-    check_run({"a": whole, "b": {"test": other}}, "a", ["a", "b"], 32)
+    check_run({"a": whole, "b": {"test": other}}, "a", ["a", "b"], (32, 32))
     with pytest.raises(InputError, match=r"corpora\.b\.calibration: this corpus has no calibration split; name a file"):
-        check_run({"a": whole, "b": {"test": other}}, "b", ["a"], 32)
+        check_run({"a": whole, "b": {"test": other}}, "b", ["a"], (32, 32))
     with pytest.raises(InputError, match=r"corpora\.b\.test: this corpus has no test split"):
-        check_run({"a": whole, "b": {"calibration": other}}, "a", ["a", "b"], 32)
+        check_run({"a": whole, "b": {"calibration": other}}, "a", ["a", "b"], (32, 32))
     with pytest.raises(InputError, match=r"b\.test and a\.calibration share"):
-        check_run({"a": whole, "b": {"test": calibration}}, "a", ["a", "b"], 32)
+        check_run({"a": whole, "b": {"test": calibration}}, "a", ["a", "b"], (32, 32))
     with pytest.raises(InputError, match=r"corpora\.a\.test: 200 tokens do not fill one window of 256"):
-        check_run({"a": {"calibration": split_of(random_ids(300, 5)), "test": test}}, "a", ["a"], 256)
+        check_run({"a": {"calibration": split_of(random_ids(300, 5)), "test": test}}, "a", ["a"], (256, 256))
 
 
 def test_a_validation_split_may_not_hold_the_test() -> None:
     calibration, test = (split_of(random_ids(200, seed)) for seed in range(2))
     splits = {"a": {"calibration": calibration, "validation": test, "test": test}}
     with pytest.raises(InputError, match=r"a\.test and a\.validation share"):
-        check_run(splits, "a", ["a"], 32)
+        check_run(splits, "a", ["a"], (32, 32))
 
 
 def test_a_validation_split_may_not_hold_what_is_calibrated_on() -> None:
     calibration, test = (split_of(random_ids(200, seed)) for seed in range(2))
     splits = {"a": {"calibration": calibration, "validation": calibration, "test": test}}
     with pytest.raises(InputError, match=r"a\.validation and a\.calibration share"):
-        check_run(splits, "a", ["a"], 32)
+        check_run(splits, "a", ["a"], (32, 32))
 
 
 def test_validation_texts_that_nobody_reads_are_not_compared() -> None:
@@ -236,7 +256,7 @@ def test_validation_texts_that_nobody_reads_are_not_compared() -> None:
         {"a": {"calibration": calibration, "test": test}, "b": {"validation": other, "test": other}},
         "a",
         ["a", "b"],
-        32,
+        (32, 32),
     )
 
 
@@ -255,7 +275,7 @@ def test_copied_text_of_64_tokens_is_found(
     tokenizer = load_tokenizer(tokenizers(family))
     lines = {split: tiny_text(40, seed) for seed, split in enumerate(SPLITS, 30)}
     splits = {split: tokenize(found, tokenizer) for split, found in lines.items()}
-    check_run({"a": splits}, "a", ["a"], 32)
+    check_run({"a": splits}, "a", ["a"], (32, 32))
     ids, host = splits[source].ids, "\n\n".join(lines[target])
     border = host.index("\n\n", 300)
     ends = (1, ids.size - COPIED)  # behind the special token that some tokenizers begin with
@@ -265,7 +285,7 @@ def test_copied_text_of_64_tokens_is_found(
             text = f"{host[:place]}{copied}{host[place:]}".split("\n\n")
             changed = {**splits, target: tokenize(text, tokenizer)}
             with pytest.raises(InputError, match=rf"a\.{target} and a\.{source} share \d+ runs .*; take it out"):
-                check_run({"a": changed}, "a", ["a"], 32)
+                check_run({"a": changed}, "a", ["a"], (32, 32))
 
 
 def test_the_embedded_texts_are_far_from_overlapping() -> None:

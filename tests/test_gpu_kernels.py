@@ -183,8 +183,9 @@ def test_layers_on_a_gpu_multiply_there_and_keep_their_gradients(batch: int) -> 
     layer, plain = nn.Linear(300, 40), nn.Linear(300, 40)
     plain.weight.data, plain.bias.data = tiles.decode(packed), layer.bias.data.clone()
     keep_packed(layer, PackedWeight(packed, tiles.decode, transposed=False))
-    model, plain = nn.Sequential(layer).cuda(), plain.cuda()
-    assert serving.accelerate(model) == 1
+    model, plain = nn.Sequential(layer), plain.cuda()
+    for place in ("cpu", "cuda", "cuda"):  # as it is loaded, moved, and once more
+        assert serving.accelerate(model.to(place)) == 1
     x = activations_of("normal", batch, 300, 0).cuda()
     with torch.inference_mode():
         assert torch.allclose(model(x), plain(x), rtol=1e-4, atol=1e-3 * float(plain(x).abs().max()))

@@ -402,6 +402,73 @@ def test_the_context_is_known_before_the_model_is_built(family: str, checkpoint:
     assert context_of(checkpoint(family)) == describe(checkpoint(family)).context == CONTEXT
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_head": 5}, "transformers cannot build this model"),
+        ({"vocab_size": "many"}, "transformers cannot build this model"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(
+    changes: dict[str, object], message: str, copy: Callable[..., Path]
+) -> None:
+    directory = copy()
+    edit_json(directory / "config.json", **changes)
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
+        describe(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"blocks of several kinds \(full_attention, sliding",
+        ),
+        ({"logit_scale": 0.0625}, r"logit_scale 0\.0625 changes what the head gives"),
+        ({"logits_scaling": 8.0}, r"logits_scaling 8\.0 changes"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping 30\.0 changes"),
+    ],
+)
+def test_what_would_be_measured_wrongly_is_refused(
+    changes: dict[str, object], message: str, copy: Callable[..., Path]
+) -> None:
+    directory = copy("llama")
+    describe(directory)
+    edit_json(directory / "config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        describe(directory)
+
+
+def test_experts_stored_as_one_are_refused(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    MixtralConfig(**sizes, **heads, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"belongs to no Embedding, Linear or Conv1D \(routed experts"):
+        describe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token_id": None}, "no eos_token_id; the paper's protocol pads with it"),
+        ({"eos_token_id": []}, "no eos_token_id"),
+        ({"eos_token_id": 50256}, f"eos_token_id 50256 is not in the vocabulary of {VOCABULARY}"),
+        ({"eos_token_id": [-1, 0]}, "eos_token_id -1 is not in the vocabulary"),
+    ],
+)
+def test_padding_that_the_model_has_no_row_for_is_refused(
+    changes: dict[str, object], message: str, copy: Callable[..., Path]
+) -> None:
+    directory = copy()
+    assert models.padding_token(models.config_of(directory)) == 0
+    edit_json(directory / "config.json", **changes)
+    with pytest.raises(InputError, match=message):
+        models.padding_token(models.config_of(directory))
+
+
 def test_a_config_without_context_is_refused(copy: Callable[..., Path]) -> None:
     directory = copy()
     edit_json(directory / "config.json", model_type="mamba")

@@ -52,6 +52,14 @@ def test_blocks_are_counted_once(index: Callable[[str], ModelIndex]) -> None:
     assert preflight.scoring_need(deep, SCORING).disk > preflight.scoring_need(model, SCORING).disk
 
 
+def test_what_writes_nothing_needs_no_room(index: Callable[[str], ModelIndex]) -> None:
+    large = grown(index("gpt2"), 20)
+    blocks = ({"codec": "source"}, {"allocator": "uniform", "codec": "grouped", "bits": 4})
+    found, other = (preflight.packing_need(large, parse_method("mine", block)) for block in blocks)
+    assert found.disk == 0
+    assert found.memory < other.memory
+
+
 def test_what_does_not_fit_is_named_with_what_to_lower(tmp_path: Path) -> None:
     fits = Need("score", 0, 0, 1.0, "scoring.batch_tokens")
     preflight.check([fits], tmp_path / "not/there/yet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -392,10 +392,42 @@ def test_a_budget_beyond_reach_is_named_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_spent_is_said_once(larger: Model, caplog: pytest.LogCaptureFixture) -> None:
+    method = parse_method("mine", {"allocator": "market", "codec": "tiles", "budget": 12.0})
+    with caplog.at_level("INFO"):
+        allocation = quantize.allocate(larger, method, no_progress)
+    assert allocation.bought_bytes < 12 * larger.index.parameters / 8
+    assert sum("nats per byte" in r.message for r in caplog.records) == 1
+    assert sum("that is all there is to buy" in r.message for r in caplog.records) == 1
+
+
 @pytest.mark.parametrize("budget", [0.01, 0.1])
 def test_a_budget_below_the_coarsest_options_is_named(budget: float, larger: Model) -> None:
     with pytest.raises(NashSwarmError, match=r"^methods\.mine\.budget: the coarsest options take .* raise the budget"):
         quantize.allocate(larger, coded(budget), no_progress)
+
+
+def test_projections_between_widths_are_kept(tmp_path: Path) -> None:
+    """OPT-350M's embeddings are narrower than its blocks; two matrices in no block lie between."""
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    sizes = {"hidden_size": 72, "word_embed_proj_dim": 36, "ffn_dim": 100, "num_hidden_layers": 2}
+    config = OPTConfig(**sizes, num_attention_heads=4, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    index, ids = models.describe(tmp_path / "m"), calibration()
+    load = partial(models.load_streamed, tmp_path / "m", index)
+    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=512), no_progress):
+        artifacts.write_statistics(tmp_path / "s", tensor.name, found)
+    between = {t.name for t in index.tensors if t.part == "other"}
+    assert {name.split(".")[-2] for name in between} == {"project_in", "project_out"}
+    record = artifacts.SourceRecord("path", str(tmp_path / "m"), None, None, {})
+    checkpoint = models.Checkpoint.open(tmp_path / "m", index)
+    model = Model("m", index, record, checkpoint, partial(artifacts.read_statistics, tmp_path / "s"))
+    method = coded(6.0, 256)
+    allocation = quantize.allocate(model, method, no_progress)
+    quantize.pack(model, method, allocation, ids, tmp_path / "p", no_progress)
+    assert {name for name, t in open_packed(tmp_path / "p").tensors.items() if t.codec == "kept"} == between
 
 
 def test_biases_follow_where_a_prefix_is_fitted(

@@ -99,6 +99,19 @@ def test_other_codecs_are_left_alone(packed: PackedModels) -> None:
     assert serving.accelerate(loading.load(packed("gpt2", "rtn4-g64").directory, resident="packed")) == 0
 
 
+def test_layers_can_be_taken_again(packed: PackedModels) -> None:
+    """A model that was loaded, and so accelerated, on the processor may have been moved since."""
+    model = serving.load(packed("gpt2", METHOD).directory, resident="packed")
+    layers = [m for m in model.modules() if hasattr(m, "kernel")]
+    classes = [type(layer).__name__ for layer in layers]
+    assert serving.accelerate(model, "int8") == len(layers)
+    assert [type(layer).__name__ for layer in layers] == classes
+    assert all(layer.options == ("int8",) for layer in layers)
+    with torch.inference_mode():
+        expected = serving.load(packed("gpt2", METHOD).directory, resident="packed", activations="int8")(TOKENS).logits
+        assert torch.equal(model(TOKENS).logits, expected)
+
+
 def test_bytes_are_those_that_are_resident(packed: PackedModels) -> None:
     model = serving.load(packed("gpt2", METHOD).directory, resident="packed")
     layers = [m for m in model.modules() if hasattr(m, "kernel")]

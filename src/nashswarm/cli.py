@@ -40,6 +40,10 @@ Model = Annotated[str, typer.Argument(help="a directory with config.json, safete
 Revision = Annotated[str | None, typer.Option(help="the full commit, for a model on the hub (ORGANISATION/NAME)")]
 Cache = Annotated[Path, typer.Option(help="where models from the hub are kept")]
 CACHE = Path("~/.cache/nashswarm")
+TUNED: Mapping[str, Mapping[str, Any]] = {  # codec -> what params.yaml's markets say beside its defaults
+    "coded": {"prefix_tokens": 32768},
+    "tiles": {"columns": 64},
+}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document instead of tables")]
 console = Console()
 
@@ -62,7 +66,9 @@ def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="where the packed directory goes")],
     text: Annotated[Path, typer.Option(help="calibration text, UTF-8, one text per line; not what you measure on")],
-    bits: Annotated[float, typer.Option(help="budget: true bits per weight of the whole model, all files counted")] = 3,
+    bits: Annotated[
+        float, typer.Option(help="budget: true bits per weight, of all bytes that rebuild the weights")
+    ] = 3,
     codec: Annotated[str, typer.Option(help="coded (smallest) or tiles (fixed widths, for kernels)")] = "coded",
     method: Annotated[Path | None, typer.Option(help="a YAML file with one method, as in params.yaml")] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of a method; may come again")] = None,
@@ -81,7 +87,7 @@ def quantize(
     from nashswarm.config import Scoring
 
     set_threads(threads)
-    chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
+    chosen = _method(method, bits, codec, setting or [])
     scoring = Scoring(tokens=tokens)
     source, origin = downloads.resolve_word(model, revision, cache.expanduser())
     name = name or (origin.id or source.resolve().name).rpartition("/")[2]
@@ -108,7 +114,7 @@ def estimate(
     source = downloads.resolve_word(model, revision, cache.expanduser())[0]
     models.checkpoint_files(source)  # before transformers sees the directory, as in `quantize`
     index = models.describe(source)
-    chosen = _method(method, {"allocator": "market", "codec": codec, "budget": float(bits)}, setting or [])
+    chosen = _method(method, bits, codec, setting or [])
     needs = preflight.needs(index, chosen, Scoring(tokens=tokens), preflight.token_seconds(index))
     if as_json:
         print(json.dumps([dataclasses.asdict(need) for need in needs], indent=2))
@@ -121,11 +127,12 @@ def estimate(
     preflight.check(needs, Path())
 
 
-def _method(file: Path | None, standard: Mapping[str, Any], changes: Sequence[str]) -> Method:
+def _method(file: Path | None, bits: float, codec: str, changes: Sequence[str]) -> Method:
+    """The one in the file, else params.yaml's market for that budget, with changes."""
     from nashswarm.config import parse_method
 
-    block: dict[str, Any] = dict(standard)
-    name = f"market-{block['codec']}-{block['budget']}".replace(".", "_")
+    block: dict[str, Any] = {"allocator": "market", "codec": codec, "budget": float(bits), **TUNED.get(codec, {})}
+    name = f"market-{codec}-{block['budget']}".replace(".", "_")
     if file is not None:
         try:
             ((name, own),) = yaml.safe_load(file.read_text(encoding="utf-8")).items()
@@ -164,8 +171,9 @@ def export(
 ) -> None:
     """Write a packed model in another program's format, where that can hold it exactly; else say why not.
 
-    Both know symmetric grids alone: pack with --method a file with codec grouped or gptq, symmetric: true, bits 4 or 8
-    and groups of a multiple of 32 (for compressed-tensors also scope: linear). What is written is read back by the
+    Pack with --method a file with codec grouped or gptq, symmetric: true, bits 4 or 8 and groups of a multiple of 32
+    (for compressed-tensors also scope: linear); GGUF also knows 4 bits with zeros whose product with the scale is a
+    float16. What is written is read back by the
     format's own library and compared weight by weight.
     """
     from nashswarm import exports

@@ -88,6 +88,7 @@ class Scoring:
             raise ValueError(f"dtype: '{self.dtype}' is unknown{_suggest(self.dtype, DTYPES)}")
         _at_least("tokens", self.tokens, 64)
         _at_least("batch_tokens", self.batch_tokens, 1)
+        _at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Evaluation:
         _at_least("batch_tokens", self.batch_tokens, 1)
         _at_least("resamples", self.resamples, 2000)
         _at_least("block", self.block, 1)
+        _at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,9 +570,12 @@ class _StrictLoader(yaml.SafeLoader):
 def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"line {line}: a key is a word here; write out what `<<` or a list would stand for")
         key = loader.construct_object(key_node)
         if key in seen:
-            raise ConfigError(f"{key}: stands twice (line {key_node.start_mark.line + 1}); keep one")
+            raise ConfigError(f"{key}: stands twice (line {line}); keep one")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 

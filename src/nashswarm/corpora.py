@@ -74,13 +74,21 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tokeni
     )
 
 
-def check_long_enough(where: str, ids: np.ndarray, window: int) -> None:
+def check_vocabulary(texts: Mapping[str, TokenizedSplit], rows: int) -> None:
+    """Raise InputError for a token that the model has no row for. Arguments: `texts`, by what errors call them."""
+    for where, tokens in texts.items():
+        highest = max(int(ids.max(initial=0)) for ids in (tokens.ids, tokens.text_ids))
+        if highest >= rows:
+            raise InputError(
+                f"{where}: the tokenizer makes token {highest} of it, and the model's vocabulary has {rows}; is it "
+                "this model's tokenizer?"
+            )
+
+
+def check_long_enough(where: str, ids: np.ndarray, window: int, advice: str) -> None:
     """Raise InputError where a split does not fill one window of the model."""
     if ids.size < window:
-        raise InputError(
-            f"{where}: {ids.size} tokens do not fill one window of {window}; give more text, or lower "
-            "evaluation.context"
-        )
+        raise InputError(f"{where}: {ids.size} tokens do not fill one window of {window}; give more text{advice}")
 
 
 def check_paper_length(length: int, context: int) -> None:
@@ -130,7 +138,7 @@ def check_run(
     splits: Mapping[str, Mapping[str, TokenizedSplit]],
     calibration: str,
     measured: Sequence[str],
-    window: int,
+    windows: tuple[int, int],
     decode: Callable[[list[int]], str] | None = None,
 ) -> None:
     """Refuse corpora that cannot serve: missing or short splits, and text that two splits share which must not.
@@ -139,15 +147,18 @@ def check_run(
     the test of every corpus that is measured on.
 
     Arguments: `splits`, corpus -> split -> tokens; `calibration`, the corpus to calibrate on; `measured`, those to
-    measure on; `window`, tokens; `decode`, as `check_disjoint` takes it. Raises InputError.
+    measure on; `windows`, tokens of one when calibrating and when measuring; `decode`, as `check_disjoint` takes it.
+    Raises InputError.
     """
     needed = [(calibration, "calibration"), *((corpus, "test") for corpus in measured)]
-    for corpus, split in needed:
+    advice = ("", *[", or lower evaluation.context"] * len(measured))
+    for (corpus, split), hint in zip(needed, advice, strict=True):
+        window = windows[bool(hint)]
         if split not in splits[corpus]:
             raise InputError(
                 f"corpora.{corpus}.{split}: this corpus has no {split} split; name a file for it in params.yaml"
             )
-        check_long_enough(f"corpora.{corpus}.{split}", splits[corpus][split].ids, window)
+        check_long_enough(f"corpora.{corpus}.{split}", splits[corpus][split].ids, window, hint)
     own = [(calibration, split) for split in ("calibration", "validation") if split in splits[calibration]]
     ids = {(corpus, split): splits[corpus][split].ids for corpus, split in [*own, *needed[1:]]}
     for one, other in [*combinations(own, 2), *product(own, needed[1:])]:

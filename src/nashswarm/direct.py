@@ -41,7 +41,9 @@ def quantize_directory(
     needs = preflight.needs(index, method, scoring, preflight.token_seconds(index))
     preflight.check(needs, output)
     logger.info("%s", "; ".join(map(str, needs)))
-    ids = corpora.tokenize(corpora.read_text_file(text), models.load_tokenizer(source)).ids
+    tokens = corpora.tokenize(corpora.read_text_file(text), models.load_tokenizer(source))
+    corpora.check_vocabulary({str(text): tokens}, index.vocabulary)
+    ids = tokens.ids
     origin = origin or ModelSource("path", path=str(source))
     record = artifacts.SourceRecord(origin.source, str(source), origin.id, origin.revision, {})
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:

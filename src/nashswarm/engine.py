@@ -19,12 +19,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nashswarm.config import Compute
+from nashswarm.devices import resolve
 from nashswarm.threads import set_threads, wait_asleep
 from nashswarm.types import NashSwarmError
 
@@ -155,10 +157,16 @@ class Ray:
                 "lower it, or add nodes"
             )
         wanted = [c // self.threads for c in cores]
-        self.gpus = int(device == "cuda")  # of each task that runs a model
-        self.slots = sum(map(min, wanted, gpus)) if self.gpus else sum(wanted)
+        with_gpus = sum(map(min, wanted, gpus))
+        if device == "auto":  # the same on all nodes: tasks ask for what they use
+            self.device = "cuda" if with_gpus else "cpu"
+        self.gpus = int(self.device == "cuda")  # of each task that runs a model
+        self.slots = with_gpus if self.gpus else sum(wanted)
         if not self.slots:
-            raise NashSwarmError("compute.device: cuda, but no node of the cluster has a GPU; set cpu, or add one")
+            raise NashSwarmError(
+                f"compute.device: cuda, but no node of the cluster has a GPU and {self.threads} cores; set cpu, or add "
+                "such a node"
+            )
 
     def share(self, make: Callable[[], Any], on_device: bool = False) -> _Shared:
         """As `Engine.share`; `make` is pickled."""
@@ -229,10 +237,15 @@ class _Host:
 
     def __init__(self, place: tuple[int, str], make: Callable[[], Any]) -> None:
         _prepare(*place)
-        self.made = make()
+        self.lazy = _Lazy(make)  # made by the first call, which can hand on what is raised
+
+    def open(self) -> None:
+        """Make it, so that members are made at the same time; what is raised, the first call raises again."""
+        with suppress(Exception):
+            self.lazy.made  # noqa: B018
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.made, method)(*arguments)
+        return getattr(self.lazy.made, method)(*arguments)
 
 
 @dataclass
@@ -282,6 +295,7 @@ class Member:
         # Beside tasks, not instead of them: it works only while it is called, and then no task runs.
         options = {"num_cpus": 0, "num_gpus": self.engine.gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self._host = ray.remote(**options)(_Host).remote(self.engine.place, self.make)
+        self._host.open.remote()
         for number in range(self.calls):
             method, arguments = pickle.loads((Path(self._kept.name) / str(number)).read_bytes())
             self._host.call.remote(method, *arguments)  # in this order; where this worker is lost, too, `result` sees
@@ -303,6 +317,8 @@ def _import_ray() -> ModuleType:
 
 
 def make_engine(compute: Compute, stage: str) -> Engine:
-    """As params say for a stage."""
+    """As params say for a stage; its device is none that is still to be chosen."""
     device = compute.device_of(stage)
-    return Ray(compute, device) if compute.engine == "ray" else Local(compute.threads, device)
+    if compute.engine == "ray":
+        return Ray(compute, device)
+    return Local(compute.threads, str(resolve(device)))

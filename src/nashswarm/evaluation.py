@@ -27,7 +27,7 @@ from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.devices import resolve, wide
 from nashswarm.engine import LOCAL, Engine
 from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
-from nashswarm.models import Checkpoint
+from nashswarm.models import Checkpoint, padding_token
 from nashswarm.types import InputError, ModelIndex, Progress, TokenizedSplit
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class _Reader:
         original: Callable[[], Original] | None = None,
     ) -> _Reader:
         model, in_windows = load(), _window_batches(split.ids, context, settings.batch_tokens)
-        texts = paper_texts(split, settings.paper, _first(model.config.eos_token_id))
+        texts = paper_texts(split, settings.paper, padding_token(model.config))
         size = max(1, settings.batch_tokens // settings.paper.length)
         in_texts = [
             {"input_ids": ids, "attention_mask": mask}
@@ -276,12 +276,6 @@ def _compare(logits: Tensor, original: Tensor, targets: Tensor) -> tuple[float, 
     loss, original_loss = (-values.sum().item() for values in found)
     kl = log_p.exp().mul_(log_p.sub_(log_q)).sum(-1)  # in place: new memory costs more than the arithmetic
     return loss, kl.cpu().numpy(), same, original_loss
-
-
-def _first(value: int | Sequence[int] | None) -> int:
-    if value is None or value == []:
-        raise InputError("config.json: no eos_token_id; the paper's protocol pads with it, so name one")
-    return value if isinstance(value, int) else value[0]
 
 
 # --- figures -------------------------------------------------------------------------------------------------------

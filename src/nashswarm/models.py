@@ -104,36 +104,63 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def skeleton(directory: Path) -> PreTrainedModel:
     """The model's modules without memory for weights (on the meta device), heads tied as the config says."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = config_of(directory)
     with _building(directory), torch.device("meta"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config)
-    return model
+        return AutoModelForCausalLM.from_config(config)
+
+
+def config_of(directory: Path) -> Any:
+    """The model's configuration, as transformers understands it."""
+    from transformers import AutoConfig
+
+    with _building(directory):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def context_of(directory: Path) -> int:
     """The model's longest window in tokens, from its config alone."""
-    from transformers import AutoConfig
-
+    config = config_of(directory)
     with _building(directory):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        context = int(config.max_position_embeddings)
-    return context
+        return int(config.max_position_embeddings)
+
+
+def padding_token(config: Any) -> int:
+    """The token that the paper's protocol pads with: the end of a text.
+
+    Raises InputError where the config names none, or one that is not in its vocabulary.
+    """
+    value = config.eos_token_id
+    if value is None or value == []:
+        raise InputError("config.json: no eos_token_id; the paper's protocol pads with it, so name one")
+    token = int(value if isinstance(value, int) else value[0])
+    if not 0 <= token < config.vocab_size:
+        raise InputError(
+            f"config.json: eos_token_id {token} is not in the vocabulary of {config.vocab_size}; name the tokenizer's, "
+            "with which the paper's protocol pads"
+        )
+    return token
 
 
 @contextmanager
 def _building(directory: Path) -> Iterator[None]:
     """What transformers raises at a config that it cannot use, as an InputError."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (AttributeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {error}") from error
 
 
 def describe(directory: Path) -> ModelIndex:
-    """List every parameter in the model's own order; a tied matrix once, under its first name."""
+    """List every parameter in the model's own order; a tied matrix once, under its first name.
+
+    Raises InputError for an architecture that would be measured or packed wrongly.
+    """
     model = skeleton(directory)
+    _check_supported(model)
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
@@ -156,6 +183,26 @@ def describe(directory: Path) -> ModelIndex:
         tensors=tuple(tensors),
         vectors=tuple(vectors),
     )
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    """Raise InputError where blocks are called with other things than the first, logits are more than head times
+    states, or weights are in other places than modules that multiply or look up."""
+    config, name = model.config, type(model).__name__
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise InputError(f"{name}: blocks of several kinds ({', '.join(kinds)}) are not supported")
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(config, key, None) not in (None, 1, 1.0):
+            raise InputError(f"{name}: {key} {getattr(config, key)} changes what the head gives; that is not supported")
+    for parameter, value in model.named_parameters():
+        owner = model.get_submodule(parameter.rpartition(".")[0])
+        multiplies = isinstance(owner, nn.Embedding | nn.Linear) or type(owner).__name__ == "Conv1D"
+        if value.dim() > 2 or (value.dim() == 2 and not multiplies):
+            raise InputError(
+                f"{name}: {parameter} of shape {list(value.shape)} belongs to no Embedding, Linear or Conv1D (routed "
+                "experts are stored so); that is not supported"
+            )
 
 
 def _head_name(model: PreTrainedModel, names: dict[int, list[str]]) -> str:

@@ -35,7 +35,7 @@ class Need:
     memory: int  # bytes resident at its peak
     disk: int  # bytes that it writes, scratch files included
     seconds: float
-    lower: str  # what to change where it does not fit
+    lower: str  # what to change where it does not fit, if anything
 
     def __str__(self) -> str:
         memory, disk = self.memory / GIB, self.disk / GIB
@@ -67,9 +67,10 @@ def check(wanted: Iterable[Need], directory: Path) -> None:
     disk = shutil.disk_usage(place).free
     for need in wanted:
         if need.memory > memory:
+            advice = f"lower {need.lower}, or close" if need.lower else "close"
             raise NashSwarmError(
                 f"{need.step} needs about {need.memory / GIB:.1f} GiB of memory and {memory / GIB:.1f} are free; "
-                f"lower {need.lower}, or close other programs"
+                f"{advice} other programs"
             )
         if need.disk > disk:
             raise NashSwarmError(
@@ -108,7 +109,9 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
     streams = 4 * prefix * wide + 48 * max(map(_square, inputs), default=0) * bool(prefix)
     codes = index.parameters if method.codec == "coded" else 0
     largest = max((t.weights for t in index.tensors), default=0)
-    bits = 8 * 4 if method.codec in ("source", "kept") else 8
+    if method.codec == "source":  # nothing is written but where the original lies
+        return Need("pack", BASE + 8 * largest, 0, 0.0, "")
+    bits = 8 * 4 if method.codec == "kept" else 8
     rounding = index.parameters / ROUNDING_RATE if market else 0.0
     return Need(
         "pack",

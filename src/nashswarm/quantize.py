@@ -121,6 +121,9 @@ def _buy(model: Model, method: Method, offers: list[Offer], engine: Engine) -> A
         logger.info("price %.4g nats per byte: %d bytes bought, %s asked", allocation.price, bought, asked)
         if asked is None or 0 <= asked - bought <= CLOSE * asked:
             return _sized(dataclasses.replace(allocation, bought_bytes=bought), sizes)
+        if bought < (1 - SLACK) * asked and allocation.choices == buy(-float(asked) * parameters).choices:
+            logger.warning("the finest options take %d of %d bytes asked: that is all there is to buy", bought, asked)
+            return _sized(dataclasses.replace(allocation, bought_bytes=bought), sizes)
         if most < bought <= asked:
             best, most = allocation, bought
         overhead += bought - asked + CLOSE / 2 * asked
@@ -165,14 +168,16 @@ def open_journal(
     ids: np.ndarray,
     files: Mapping[str, str],
     scores: Path,
+    device: str = "cpu",
 ) -> artifacts.Journal:
     """Where `pack` keeps what it has finished, below `parent`; a run of which anything differs finds nothing there.
 
-    Arguments: `files`, the checkpoint's, name -> SHA-256; `scores`, the directory of the statistics' files.
+    Arguments: `files`, the checkpoint's, name -> SHA-256; `scores`, the directory of the statistics' files; `device`,
+    where models run, as params name it.
     """
     statistics = {path.name: artifacts.sha256_file(path) for path in sorted(scores.iterdir())}
     facts = (files, statistics, artifacts.digest(ids), method_document(method), code(method))
-    versions = (torch.__version__, np.__version__, torch.get_num_threads())
+    versions = (torch.__version__, np.__version__, torch.get_num_threads(), device)
     return artifacts.Journal.of(parent, purpose, *facts, artifacts.allocation_document(allocation), *versions)
 
 
@@ -255,7 +260,8 @@ def encode(
     for tensor in progress(order, "pack"):
         choice = allocation.choices.get(tensor.name)
         if choice is None:
-            yield tensor.name, kept.encode(_job(model, tensor, method, Choice()), kept.Settings())
+            job = Job(tensor, model.checkpoint.tensor(tensor), Choice())
+            yield tensor.name, kept.encode(job, kept.Settings())
             continue
         before = finished.read(tensor)
         if before is not None:

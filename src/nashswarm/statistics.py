@@ -71,8 +71,8 @@ def gather(
     run = _Run(engine, load, index, ids, scoring, progress)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         journal = journal or _Forgetful(Path(scratch))
-        inputs = run.file(journal)
-        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs))
+        inputs, flush = run.file(journal)
+        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs, flush))
         gradients = torch.empty(inputs.shape[1:])
         state = journal.read("state")
         done = int(state["layer"]) if state else index.layers + 1
@@ -88,7 +88,7 @@ def gather(
             return found
 
         head = step(index.layers, lambda: run.head(inputs[-1], gradients))
-        yield from run.named(head, lambda t: t.layer is None and t.kind != "embedding")
+        yield from run.named(head, lambda t: t.layer is None and t.part not in ("embedding", "other"))
         for layer in progress(range(index.layers - 1, -1, -1), "layers"):
             found = step(layer, lambda at=layer: run.block(at, inputs[at], gradients))  # type: ignore[misc]
             yield from run.named(found, lambda t, at=layer: t.layer == at)  # type: ignore[misc]
@@ -273,14 +273,18 @@ class _Run:
         self.shape, self.batches = windows.shape, batches_of(len(windows), batch)
         self.shared = self.engine.share(partial(_prepare, self.load, self.index, self.ids, self.scoring), True)
 
-    def file(self, journal: Journal) -> Tensor:
-        """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output."""
+    def file(self, journal: Journal) -> tuple[Tensor, Callable[[], None]]:
+        """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output.
+
+        And what waits until all that was written there is on the disk.
+        """
         (width,) = self.engine.map(_width, self.shared, [()])
         shape = (self.index.layers + 1, *self.shape, width)
         path = journal.scratch("inputs", 4 * math.prod(shape))
-        return torch.from_numpy(np.memmap(path, np.float32, "r+", shape=shape))
+        values = np.memmap(path, np.float32, "r+", shape=shape)
+        return torch.from_numpy(values), values.flush
 
-    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensor, flush: Callable[[], None]) -> dict[str, Tensor]:
         """Fill `inputs`, and count lookups: name of a table -> float64 [rows]."""
         counts: dict[str, Tensor] = {}
         found = self.engine.map(_embedded, self.shared, ((number,) for number in range(len(self.batches))))
@@ -292,6 +296,7 @@ class _Run:
             items = ((layer, n, inputs[layer, b].clone()) for n, b in enumerate(self.batches))
             for batch, own in zip(self.batches, self.engine.map(_forward, self.shared, items), strict=True):
                 inputs[layer + 1, batch] = own
+        flush()
         return counts
 
     def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:

@@ -72,8 +72,11 @@ class ModelIndex:
         return sum(t.weights for t in self.tensors) + sum(int(np.prod(v.shape)) for v in self.vectors)
 
     def scope(self, scope: str) -> tuple[TensorSpec, ...]:
-        """The matrices that a method quantizes: 'linear' is what isinstance(nn.Linear) finds, 'all' is all."""
-        return tuple(t for t in self.tensors if scope == "all" or t.linear)
+        """The matrices that a method quantizes: 'linear' is what isinstance(nn.Linear) finds, 'all' is all.
+
+        What is neither in a block nor embedding nor head (OPT-350M's two projections) is kept as it is.
+        """
+        return tuple(t for t in self.tensors if t.part != "other" and (scope == "all" or t.linear))
 
 
 @dataclass(frozen=True, slots=True)

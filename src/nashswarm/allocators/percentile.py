@@ -37,6 +37,8 @@ class Settings:
             raise ValueError(f"shares: {list(self.shares)} holds a negative share")
         if self.sample < 1:
             raise ValueError(f"sample: {self.sample} is too small; at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} is too small; at least 0")
 
 
 def widths(settings: Settings) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ OUTPUT_DAMPING = 1.0
 INPUT_DAMPING = 0.1
 LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
+SAMPLE_ROWS = 32  # at least
 SIDES = ("rows", "columns")
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
 
@@ -97,8 +98,7 @@ def offer(job: Job, settings: Settings) -> Candidates:
     Feedback moves weights by less than a step, which changes their entropy little and their rounding error not at all.
     """
     model, steps = _loss_model(job, settings)
-    stride = max(1, -(-job.tensor.weights // SAMPLE))
-    rows = torch.arange(0, job.tensor.shape[0], stride)
+    rows = _sample_rows(job.tensor.shape[0], max(SAMPLE_ROWS, SAMPLE // job.tensor.shape[1]))
     row_damage, column_damage = model.damage()
     weight, damage = job.weight[rows], row_damage[rows]
     scale = float(row_damage.sum() / damage.sum().clamp(min=1e-300))
@@ -125,6 +125,14 @@ def offer(job: Job, settings: Settings) -> Candidates:
         continuous=True,
         weights=np.array([job.tensor.weights]),
     )
+
+
+def _sample_rows(out: int, count: int) -> Tensor:
+    """Rows to measure on, int64, rising: one drawn from each of `count` equal parts, as regular ones meet heads."""
+    if count >= out:
+        return torch.arange(out)
+    places = (np.arange(count) + np.random.default_rng(0).random(count)) * (out / count)
+    return torch.from_numpy(places.astype(np.int64))
 
 
 def _sample_rounding(rows: int, columns: int) -> Callable[[Tensor], tuple[np.ndarray, Tensor]]:

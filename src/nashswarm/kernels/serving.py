@@ -44,19 +44,19 @@ def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
     `Matrix.takes` and needs no gradient, and decode for all else; logits then differ from the decoded model's as
     `Matrix` says. An Embedding decodes the rows that it looks up. Where a packed weight lies on a GPU, any number of
     rows there, of any `activations`, takes a `GpuMatrix`; the file's bytes go back to the processor, so that the GPU
-    holds a matrix once.
+    holds a matrix once. May be called again, once the model was moved.
     """
     made: dict[PackedWeight, tuple[Matrix, Matrix | GpuMatrix]] = {}
     layers = [m for m in model.modules() if _takes_part(m)]
     for module in layers:
         weight: Any = module.packed_weight
         if weight not in made:
-            device = weight.get_buffer("bytes_codes").device
+            device = weight.get_buffer("like").device  # where the model was moved
             packed = _resident(weight)
             own = Matrix(packed)
             made[weight] = own, own if device.type == "cpu" else GpuMatrix(packed, device)
         looks_up = isinstance(module, nn.Embedding)
-        kind = type(module)
+        kind = _decoding(module)
         module.__class__ = _looking_up(kind) if looks_up else _multiplying(kind)
         module.kernel = made[weight][0 if looks_up else 1]  # type: ignore[assignment]
         module.options = (activations,) if isinstance(module.kernel, Matrix) else ()  # type: ignore[assignment]
@@ -70,9 +70,15 @@ def _takes_part(module: nn.Module) -> bool:
     weight = getattr(module, "packed_weight", None)
     if not isinstance(weight, PackedWeight) or weight.packed.codec != "tiles":
         return False
+    forward = _decoding(module).forward
     if isinstance(module, nn.Embedding):
-        return type(module).forward is nn.Embedding.forward and module.max_norm is None
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        return forward is nn.Embedding.forward and module.max_norm is None
+    return forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _decoding(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or what it was before `accelerate`."""
+    return getattr(module, "accelerated", type(module))
 
 
 def _resident(weight: PackedWeight) -> PackedTensor:
@@ -92,7 +98,7 @@ def _multiplying(kind: type[nn.Module]) -> type[nn.Module]:
         y: Tensor = self.kernel.matmul(x, *self.options)
         return y if self.bias is None else y + self.bias
 
-    return type(f"Multiplying{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Multiplying{kind.__name__}", (kind,), {"forward": forward, "accelerated": kind})
 
 
 def _looking_up(kind: type[nn.Module]) -> type[nn.Module]:
@@ -103,4 +109,4 @@ def _looking_up(kind: type[nn.Module]) -> type[nn.Module]:
         rows: Tensor = self.kernel.rows(numbers.cpu())
         return rows.to(self.packed_weight.like)
 
-    return type(f"LookingUp{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"LookingUp{kind.__name__}", (kind,), {"forward": forward, "accelerated": kind})

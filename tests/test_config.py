@@ -257,6 +257,7 @@ def test_shares_that_are_nan_are_refused() -> None:
         ({"shares": [0.5, 0.5]}, "methods.mine.shares: 2 shares for 3 widths"),
         ({"shares": [1.2, -0.3, 0.1]}, "methods.mine.shares: [1.2, -0.3, 0.1] holds a negative share"),
         ({"sample": 0}, "methods.mine.sample: 0 is too small"),
+        ({"seed": -1}, "methods.mine.seed: -1 is too small; at least 0"),
     ],
 )
 def test_impossible_shares_are_refused(settings: dict[str, object], message: str) -> None:
@@ -315,7 +316,6 @@ def test_an_allocator_whose_choice_a_codec_cannot_encode_is_refused(
         ("report/dpi", 1, "report.dpi: 1"),
         ("scoring/seed", -1, "scoring.seed: -1 is too small; at least 0"),
         ("evaluation/seed", -1, "evaluation.seed: -1"),
-        ("methods/nash/seed", -1, "methods.nash.seed: -1"),
     ],
 )
 def test_values_that_cannot_be_are_refused(path: str, value: object, key: str) -> None:

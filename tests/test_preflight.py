@@ -54,7 +54,7 @@ def test_blocks_are_counted_once(index: Callable[[str], ModelIndex]) -> None:
 
 def test_what_writes_nothing_needs_no_room(index: Callable[[str], ModelIndex]) -> None:
     large = grown(index("gpt2"), 20)
-    blocks = ({"codec": "source"}, {"allocator": "uniform", "codec": "grouped", "bits": 4})
+    blocks = ({"codec": "source", "bits": 32}, {"allocator": "uniform", "codec": "grouped", "bits": 4})
     found, other = (preflight.packing_need(large, parse_method("mine", block)) for block in blocks)
     assert found.disk == 0
     assert found.memory < other.memory

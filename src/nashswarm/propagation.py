@@ -34,6 +34,7 @@ from nashswarm.devices import wide
 from nashswarm.types import NashSwarmError, TensorSpec
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
+JUDGED = 64  # outputs by which a ridge is chosen
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 CPU = torch.device("cpu")
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
@@ -368,7 +369,8 @@ class Sums:
         weight = weight.double()
         ridge = RIDGES[2]
         if self.folds[1]:
-            systems = [_system(sums, weight, centered)[:2] for sums in self.folds]
+            rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
+            systems = [_system(sums, weight, centered, torch.from_numpy(rows))[:2] for sums in self.folds]
             errors = [sum(_held_out(_regress(*systems[f], ridge), *systems[1 - f]) for f in (0, 1)) for ridge in RIDGES]
             ridge = RIDGES[int(np.argmin(errors))]
         moment, product, mean, target = _system(self.total(), weight, centered)
@@ -376,11 +378,16 @@ class Sums:
         return found.T, target - mean @ found
 
 
-def _system(sums: dict[str, Tensor], weight: Tensor, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E[x' x'^T], E[x' t^T] (about the means, if centered), and the means of x' and t; float64."""
-    count = sums["count"]
+def _system(
+    sums: dict[str, Tensor], weight: Tensor, centered: bool, rows: Tensor | slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E[x' x'^T], E[x' t^T] (about the means, if centered), and the means of x' and t; float64.
+
+    Arguments: `rows`, the outputs in question.
+    """
+    count, weight = sums["count"], weight[rows]
     if "target" in sums:
-        product, target = sums["x target"], sums["target"]
+        product, target = sums["x target"][:, rows], sums["target"][rows]
     else:
         product, target = sums["x gone"] @ weight.T, weight @ sums["gone"]
     mean, target = sums["x"] / count, target / count

@@ -98,7 +98,7 @@ def offer(job: Job, settings: Settings) -> Candidates:
     Feedback moves weights by less than a step, which changes their entropy little and their rounding error not at all.
     """
     model, steps = _loss_model(job, settings)
-    rows = _sample_rows(job.tensor.shape[0], max(SAMPLE_ROWS, SAMPLE // job.tensor.shape[1]))
+    rows = _sample_rows(*job.tensor.shape)
     row_damage, column_damage = model.damage()
     weight, damage = job.weight[rows], row_damage[rows]
     scale = float(row_damage.sum() / damage.sum().clamp(min=1e-300))
@@ -127,11 +127,13 @@ def offer(job: Job, settings: Settings) -> Candidates:
     )
 
 
-def _sample_rows(out: int, count: int) -> Tensor:
-    """Rows to measure on, int64, rising: one drawn from each of `count` equal parts, as regular ones meet heads."""
-    if count >= out:
-        return torch.arange(out)
-    places = (np.arange(count) + np.random.default_rng(0).random(count)) * (out / count)
+def _sample_rows(out: int, into: int) -> Tensor:
+    """Rows to measure on, int64, rising, at regular distances. Where they are few, one is drawn from each of equal
+    parts: far apart, regular ones can all have the same place in their heads."""
+    stride = max(1, -(-out * into // SAMPLE))
+    if out // stride >= min(SAMPLE_ROWS, out):
+        return torch.arange(0, out, stride)
+    places = (np.arange(SAMPLE_ROWS) + np.random.default_rng(0).random(SAMPLE_ROWS)) * (out / SAMPLE_ROWS)
     return torch.from_numpy(places.astype(np.int64))
 
 

@@ -325,6 +325,17 @@ def test_curves_hold_up_to_the_finest_steps() -> None:
         assert packed.arrays["codes"].nbytes == pytest.approx(size, rel=0.12)
 
 
+@pytest.mark.parametrize("shape", [(1, 10), (3, 70000), (32, 9), (256, 1024), (768, 256), (4096, 4096), (50257, 768)])
+def test_curves_are_measured_on_rows_of_all_parts(shape: tuple[int, int]) -> None:
+    rows = coded._sample_rows(*shape).tolist()
+    assert rows == sorted(set(rows))
+    assert 0 <= rows[0] <= rows[-1] < shape[0]
+    assert len(rows) >= min(shape[0], coded.SAMPLE_ROWS)
+    assert max(np.diff([-1, *rows, shape[0]])) <= 2 * shape[0] / len(rows) + 1
+    if len(rows) < shape[0] and shape[1] > 1024:
+        assert len({row % 64 for row in rows}) > 16  # places within a head
+
+
 @pytest.mark.parametrize("part", ["attention", "mlp", "embedding", "head"])
 @pytest.mark.parametrize("name", [n for n in NAMES if n in ROWS])
 def test_every_part_of_a_model_can_be_packed(name: str, part: Part) -> None:

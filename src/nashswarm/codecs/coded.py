@@ -131,7 +131,9 @@ def _sample_rows(out: int, into: int) -> Tensor:
     """Rows to measure on, int64, rising, at regular distances. Where they are few, one is drawn from each of equal
     parts: far apart, regular ones can all have the same place in their heads."""
     stride = max(1, -(-out * into // SAMPLE))
-    if out // stride >= min(SAMPLE_ROWS, out):
+    if out <= SAMPLE_ROWS:
+        return torch.arange(out)
+    if out // stride >= SAMPLE_ROWS:
         return torch.arange(0, out, stride)
     places = (np.arange(SAMPLE_ROWS) + np.random.default_rng(0).random(SAMPLE_ROWS)) * (out / SAMPLE_ROWS)
     return torch.from_numpy(places.astype(np.int64))

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from itertools import pairwise
 from math import erf
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from nashswarm import entropy, rans, trellis
 from nashswarm.entropy import CLASSES, SYMBOLS, TABLES, EntropyError, Tables
+from nashswarm.patches import Patch
 
 BACKENDS = ("numba", "numpy")
 INT32 = np.iinfo(np.int32)
@@ -158,9 +160,12 @@ def trellis_rounded(rng, shape, bits, machine, spread=0.5):
     """Codes of Gaussian weights at about so many bits, scales spread by half an octave, int32[rows, cols]."""
     rows, cols = shape
     sigma = 2.0 ** (rng.normal(0, spread, (rows, 1)) + rng.normal(0, spread, cols) + bits) / np.sqrt(2 * np.pi * np.e)
-    weights = (rng.normal(size=shape) * sigma).astype(np.float32)
-    snap, steps = trellis.rounding(entropy.first_rows(shape), machine, None), np.ones(rows, np.float32)
-    return np.stack([snap(np.ascontiguousarray(column), steps)[0] for column in weights.T], axis=1)
+    weights, codes = (rng.normal(size=shape) * sigma).astype(np.float32), np.empty(shape, np.int32)
+    for first, last in pairwise(entropy.first_rows(shape)):
+        patch, states = Patch.alone(weights[first:last].T.copy()), np.full(cols, trellis.START, np.uint8)
+        ones = (np.ones(size, np.float32) for size in (last - first, cols))
+        codes[first:last] = trellis.round_patch(patch, *ones, states, machine).T
+    return codes
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: len(machine.quantizer))

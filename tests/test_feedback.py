@@ -34,7 +34,7 @@ def job(outputs: bool = True) -> Job:
 def rounded(weight: Tensor, model: feedback.LossModel, step: float) -> Tensor:
     """Rounded to multiples of `step`, float32 [out, in], errors handed on to later columns and, if need be, rows."""
     found = torch.empty_like(weight)
-    spread = None if model.spread is None else feedback.spread(model.spread)
+    spread = None if model.spread is None else feedback.spread(model.spread).numpy()
 
     def quantize(column: int, values: Tensor) -> Tensor:
         targets = values.numpy().copy()

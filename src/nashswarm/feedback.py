@@ -9,15 +9,15 @@ no longer interact, so each can have its own precision.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import jit
+from nashswarm.patches import Patch
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
@@ -48,13 +48,25 @@ class Factor:
 
     order: Tensor  # int64 [in]
     upper: Tensor  # float32 [in, in]
+    undamped: Tensor  # float64 [in], diagonal of U M U^T, M the moment without damping; 1 where there was none
 
     @property
     def step(self) -> Tensor:
         """U_cc of every column, float32 [in], in the matrix's own order."""
-        diagonal = torch.empty(len(self.order))
-        diagonal[self.order] = self.upper.diagonal()
-        return diagonal
+        return self._back(self.upper.diagonal())
+
+    @property
+    def damage(self) -> Tensor:
+        """(U M U^T)_cc / U_cc^2, float64 [in], in the matrix's own order: of a unit's error, with what feedback adds.
+
+        Without damping M = (U^T U)^-1, and it is 1 / U_cc^2.
+        """
+        return self._back(self.undamped / self.upper.diagonal().double() ** 2)
+
+    def _back(self, values: Tensor) -> Tensor:
+        found = torch.empty_like(values)
+        found[self.order] = values
+        return found
 
 
 def curvature(statistics: Statistics, name: str) -> Curvature:
@@ -101,18 +113,33 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
         )
     power = moment.diagonal()
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power))
-    permuted = moment[order][:, order]
+    backwards = moment[order.flip(0)[:, None], order.flip(0)]
     mean = max(float(power.mean()), 1e-30)
     while damping <= 1e6:
-        damped = permuted + torch.eye(len(power), dtype=torch.float64) * (damping * mean)
+        added = damping * mean
+        damped = backwards.clone()
+        damped.diagonal().add_(added)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return Factor(order, upper.float())
+            # M + added = R R^T with R upper: its inverse is U^T U with U = R^-1, and U M U^T = 1 - added U U^T.
+            upper = _inverse_upper(lower.flip(0, 1))
+            return Factor(order, upper.float(), (1 - added * upper.square().sum(1)).clamp(min=0))
         logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
+
+
+def _inverse_upper(matrix: Tensor) -> Tensor:
+    """Of an upper triangular matrix, by halves: most of the work is products."""
+    size, half = len(matrix), len(matrix) // 2
+    if size <= BLOCK:
+        inverse: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=True)
+        return inverse
+    first, last = _inverse_upper(matrix[:half, :half]), _inverse_upper(matrix[half:, half:])
+    corner = first @ (matrix[:half, half:] @ last)
+    found = torch.zeros_like(matrix)
+    found[:half, :half], found[half:, half:], found[:half, half:] = first, last, -corner
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +158,7 @@ class LossModel:
 
     def damage(self) -> tuple[Tensor, Tensor]:
         """a, float64 [out], and b, float64 [in]: errors cost 1/2 sum_rc a_r b_c e_rc^2, nats per token."""
-        columns = _damage(self.columns, self.curvature.inputs)
-        if self.spread is None or self.curvature.outputs is None:
-            return self.curvature.rows, columns
-        return _damage(self.spread, self.curvature.outputs), columns
+        return self.curvature.rows if self.spread is None else self.spread.damage, self.columns.damage
 
 
 def loss_model(job: Job, codec: str, input_damping: float, output_damping: float, act_order: bool) -> LossModel:
@@ -153,18 +177,6 @@ def loss_model(job: Job, codec: str, input_damping: float, output_damping: float
         return LossModel(found, columns, None, found.rows)
     spread = factor(found.outputs, name, output_damping, act_order)
     return LossModel(found, columns, spread, spread.step.double() ** -2)
-
-
-def _damage(found: Factor, moment: Tensor) -> Tensor:
-    """(U M U^T)_cc / U_cc^2, float64 [in], in the moment's own order: of a unit's error, with what feedback by U adds.
-
-    Without damping M = (U^T U)^-1, and it is 1 / U_cc^2.
-    """
-    upper = found.upper.double()
-    damage = torch.empty(len(moment), dtype=torch.float64)
-    power = ((upper @ moment[found.order][:, found.order]) * upper).sum(1)
-    damage[found.order] = power.clamp(min=0) / upper.diagonal() ** 2
-    return damage
 
 
 def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
@@ -194,90 +206,58 @@ def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, 
     return result.T.contiguous()
 
 
-def spread(found: Factor) -> np.ndarray:
-    """What a unit of error in one row takes from the targets of later rows, float32 [out, out], in rounding order.
+# --- both sides ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Columns next to each other in rounding order, all their rows, as the errors of those before left them."""
+
+    columns: Tensor  # int64 [C], in the matrix
+    rows: Tensor  # int64 [out], in rounding order
+    values: Tensor  # float32 [C, out], rows in rounding order
+    upper: Tensor  # float32 [C, C]
+    spread: Tensor | None  # float32 [out, out]
+
+    def weight(self) -> Tensor:
+        """The values with rows in the matrix's own order, float32 [C, out]."""
+        found = torch.empty_like(self.values)
+        found[:, self.rows] = self.values
+        return found
+
+    def patches(self, edges: Sequence[int]) -> Iterator[Patch]:
+        """Patches of the rows between two `edges` each, places in rounding order; at most PATCH where they interact."""
+        handed, upper = torch.zeros_like(self.values), self.upper.contiguous().numpy()
+        columns, rows = self.columns.numpy(), self.rows.numpy()
+        near = np.zeros((0, 0), np.float32)
+        for first, last in pairwise(edges):
+            if self.spread is not None:
+                near = self.spread[first:last, first:last].contiguous().numpy()
+            own, taken = (whole[:, first:last].contiguous() for whole in (self.values, handed))
+            yield Patch(columns, rows[first:last], first, own.numpy(), taken.numpy(), upper, near)
+            self.values[:, first:last] = own
+            if self.spread is not None and last < len(self.rows):
+                handed[:, last:].addmm_(taken, self.spread[first:last, last:])
+
+
+def groups(weight: Tensor, columns: Factor, rows: Factor | None, size: int) -> Iterator[Group]:
+    """The columns of `weight`, float32 [out, in], by `size` in rounding order, each to be rounded patch by patch.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
     rounding error of an element after those before it, in its column and in columns before, have handed theirs on
-    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Towards later columns a column acts by its values minus its rounded
-    values, as it does without interaction of rows; so this slots into `round_with_feedback`.
+    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Errors go from patch to patch as matrix products.
     """
-    return np.ascontiguousarray((found.upper / found.upper.diagonal()[:, None]).numpy())
+    order = torch.arange(len(weight)) if rows is None else rows.order
+    rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous
+    between = None if rows is None else spread(rows)
+    for start in range(0, len(rest), size):
+        stop = min(start + size, len(rest))
+        errors = rest[start:stop]
+        yield Group(columns.order[start:stop], order, errors, columns.upper[start:stop, start:stop], between)
+        if stop < len(rest):
+            rest[stop:].addmm_(columns.upper[start:stop, stop:].T, errors, alpha=-1)
 
 
-def round_groups_with_feedback(
-    weight: Tensor,
-    found: Factor,
-    size: int,
-    begin: Callable[[int, Tensor], None],
-    quantize: Callable[[int, Tensor], Tensor],
-) -> None:
-    """As `round_with_feedback`, by groups of `size` columns in rounding order, each announced before it is rounded.
-
-    Arguments: `begin(group, columns)` sees a group's columns, float32 [size or fewer, out], as the errors of earlier
-    groups left them, and may fit grids to them; `quantize(place, values)` rounds the column at a place of the rounding
-    order. Nothing is kept beside the weights themselves.
-    """
-    columns = len(found.order)
-    rest = weight.T[found.order].contiguous()  # [in, out]: a column is contiguous
-    for start in range(0, columns, size):
-        stop = min(start + size, columns)
-        upper = found.upper[start:stop, start:stop]
-        diagonal = upper.diagonal().tolist()
-        begin(start // size, rest[start:stop])
-        errors = torch.empty_like(rest[start:stop])
-        for i in range(start, stop):
-            error = errors[i - start]
-            torch.sub(rest[i], quantize(i, rest[i]), out=error)
-            error.div_(diagonal[i - start])
-            if i + 1 < stop:
-                rest[i + 1 : stop].addr_(upper[i - start, i - start + 1 :], error, alpha=-1)
-        if stop < columns:
-            rest[stop:].addmm_(found.upper[start:stop, stop:].T, errors, alpha=-1)
-
-
-def clipped_rounding(found: Factor | None) -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """Rounding of one column to finite grids: (values, steps, halves, middles) -> codes q, all float32 [out].
-
-    Row r has the values (q + middles_r) steps_r with -halves_r <= q < halves_r, or zero alone where its step is zero.
-    Rows interact as `spread` says where `found`, the outputs' factor, is given.
-    """
-    if found is None:
-        return _nearest
-    order, interaction = found.order.numpy(), spread(found)
-    kernel = _clipped_kernel()
-
-    def snap(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
-        codes = np.empty_like(values)
-        codes[order] = kernel(values[order], steps[order], halves[order], middles[order], interaction)
-        return codes
-
-    return snap
-
-
-def _nearest(values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    scaled = np.divide(values, steps, out=np.zeros_like(values), where=steps > 0)
-    return np.asarray(np.clip(np.floor(scaled + (np.float32(0.5) - middles)), -halves, halves - 1))
-
-
-@cache
-def _clipped_kernel() -> Callable[..., np.ndarray]:
-    numbers = "float32[::1]"
-    return jit.compiled(_round_clipped, f"{numbers}({numbers}, {numbers}, {numbers}, {numbers}, float32[:, ::1])")
-
-
-def _round_clipped(
-    values: np.ndarray, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray, spread: np.ndarray
-) -> np.ndarray:
-    """Plain Python until numba compiles it. Uses up `values`."""
-    codes = np.empty_like(values)
-    for r in range(len(values)):
-        code, error = -halves[r], values[r]
-        if steps[r] > 0:
-            code = np.floor(values[r] / steps[r] + (np.float32(0.5) - middles[r]))
-            code = min(max(code, -halves[r]), halves[r] - np.float32(1))
-            error = values[r] - (code + middles[r]) * steps[r]
-        codes[r] = code
-        for later in range(r + 1, len(values)):
-            values[later] -= error * spread[r, later]
-    return codes
+def spread(found: Factor) -> Tensor:
+    """What a unit of error in one row takes from the targets of later rows, float32 [out, out], in rounding order."""
+    return found.upper / found.upper.diagonal()[:, None]

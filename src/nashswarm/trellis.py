@@ -13,34 +13,43 @@ code's parity; zeros in both grids keep low rates good, as in JPEG 2000 and VVC.
 as odd, because their values travel apart and the decoder meets them late.
 
 Where rows interact (see `feedback`), a code's target depends on the errors before it on the same path: each state
-carries its survivor's targets along, through blocks of rows, after which the best path is decided.
+carries its survivor's targets along, through a patch of rows, after which the best path is decided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nashswarm import jit
+from nashswarm.patches import PATCH, Patch
 from nashswarm.rans import RADIUS
 
 # Parity-check polynomials h0, h1 of Ungerboeck's codes for one-dimensional constellations (1982, table I), octal.
 POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24)}
 START = 0  # the state before the first row of a block
-BLOCK = 64  # interacting rows between two decisions
+LARGEST = 1 << 24  # codes from here on float32 does not count one by one
+OUT_OF_BOUNDS = -(1 << 31)  # in their place
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """Which quantizer each state uses, uint8 [states]; the state after a code of either parity, uint8 [states, 2]."""
 
     quantizer: NDArray[np.uint8]
     after: NDArray[np.uint8]
+
+    @cached_property
+    def ways(self) -> NDArray[np.int64]:
+        """The two ways into each state, int64 [2, states]: parity * states + the state before, which rises."""
+        states = len(self.quantizer)
+        into = [np.argwhere(self.after == state) for state in range(states)]
+        return np.array([[parity * states + before for before, parity in two] for two in into]).T.copy()
 
 
 @cache
@@ -80,133 +89,181 @@ def values(codes: NDArray[np.int32], used: NDArray[np.uint8]) -> NDArray[np.floa
     return codes.astype(np.float32) - np.float32(0.5) * (np.sign(codes) * used).astype(np.float32)
 
 
-def rounding(
-    edges: NDArray[np.int64], found: Machine, spread: NDArray[np.float32] | None
-) -> Callable[[NDArray[np.float32], NDArray[np.float32]], tuple[NDArray[np.int32], NDArray[np.float32]]]:
-    """The rounding of one column: (targets, steps), float32 [rows] -> (codes int32 [rows], values float32 [rows]).
+def decisions(edges: NDArray[np.int64], interacting: bool) -> list[int]:
+    """Rows at which paths are decided: `edges` of blocks, and every PATCH rows of a block where rows interact."""
+    if not interacting:
+        return [int(edge) for edge in edges]
+    return [*(row for a, b in pairwise(map(int, edges)) for row in range(a, b, PATCH)), int(edges[-1])]
 
-    Arguments: `spread`, float32 [rows, rows] above the diagonal, what a unit of a row's error takes from later rows'
-    targets; None where rows do not interact.
+
+def round_patch(
+    patch: Patch,
+    rows: NDArray[np.float32],
+    columns: NDArray[np.float32],
+    states: NDArray[np.uint8],
+    found: Machine,
+) -> NDArray[np.int32]:
+    """Round a patch in place, as `Patch` says, and return its codes, int32 [columns, rows].
+
+    Arguments: `rows`, float32 [rows], and `columns`, float32 [columns]: a step is their product; `states`, uint8
+    [columns], in which the machine comes to the first row of every column, START where a block begins, and in which
+    it leaves the last. Codes from LARGEST on, and those of what is not finite, become OUT_OF_BOUNDS.
     """
-    kernel, edges = _kernel(), np.ascontiguousarray(edges, np.int64)
-    alone = np.zeros((0, 0), np.float32)
-
-    def snap(targets: NDArray[np.float32], steps: NDArray[np.float32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        codes, rounded = np.empty(len(targets), np.int32), np.empty_like(targets)
-        kernel(
-            targets.copy(),
-            steps,
-            alone if spread is None else spread,
-            edges,
-            found.quantizer,
-            found.after,
-            codes,
-            rounded,
-        )
-        return codes, rounded
-
-    return snap
+    codes = np.empty(patch.values.shape, np.int32)
+    halves, kernel = found.quantizer * np.float32(0.5), _kernel(len(found.quantizer))
+    kernel(patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways, states, codes)
+    return codes
 
 
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernel(states: int) -> Callable[..., None]:
+    """`_round` for so many states. They are a constant there, so that loops over them become vector instructions."""
     from numba.extending import register_jitable
 
-    register_jitable(_nearest)  # they stay plain Python, too
-    register_jitable(_trace)
-    register_jitable(inline="always")(_hand_on)  # 370 ns a row of 300 with 8 states, called 500
-    numbers, bits = "float32[::1]", "uint8[::1], uint8[:, ::1]"
-    signature = f"void({numbers}, {numbers}, float32[:, ::1], int64[::1], {bits}, int32[::1], {numbers})"
-    return jit.compiled(_round_column, signature)
+    for part in (_round, _extend, _choose, _hand_on, _trace):
+        register_jitable(inline="always")(part)  # each stays plain Python, too
+
+    def kernel(values, handed, upper, spread, rows, columns, halves, ways, start, codes):  # type: ignore[no-untyped-def]
+        _round(states, values, handed, upper, spread, rows, columns, halves, ways, start, codes)
+
+    vector, matrix = "float32[::1]", "float32[:, ::1]"
+    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
+    return jit.compiled(kernel, f"void({patch}, {vector}, int64[:, ::1], uint8[::1], int32[:, ::1])")
 
 
-def _nearest(scaled: np.float32, half: np.float32) -> tuple[int, int]:
-    """The codes of either parity nearest to `scaled` >= 0 steps; the quantizer shifts by `half`, 0 or half a step."""
-    near = int(np.rint(scaled + half))
-    other = near + 1 if scaled + half > near else near - 1
-    if half > 0 and near == 1 and scaled < np.float32(0.75):
-        other = 0  # which is not shifted: nearer than 2, at 1.5 steps
-    return near, other
+def _round(
+    states: int,
+    values: NDArray[np.float32],
+    handed: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    spread: NDArray[np.float32],
+    rows: NDArray[np.float32],
+    columns: NDArray[np.float32],
+    halves: NDArray[np.float32],
+    ways: NDArray[np.int64],
+    start: NDArray[np.uint8],
+    codes: NDArray[np.int32],
+) -> None:
+    """Plain Python until numba compiles it, as all that follows.
+
+    What is known of the best path into each state lies in one array, so that the compiler sees that nothing in it
+    overlaps. In units of `states`: 0 targets, 1 what the paths cost, 2 halves; then, of codes of even parity and of
+    odd, 3 and 4 codes, 5 and 6 costs, 7 and 8 errors.
+    """
+    count, interact = len(rows), len(spread) > 0
+    work = np.empty(9 * states, np.float32)
+    own, later = np.zeros((states, PATCH), np.float32), np.zeros((states, PATCH), np.float32)
+    padded = np.zeros((count, PATCH), np.float32)
+    way, error = np.empty((count, states), np.uint8), np.empty((count, states), np.float32)
+    code = np.empty((count, states), np.float32)
+    for row in range(len(spread)):
+        padded[row, :count] = spread[row]
+    for column in range(len(columns)):
+        for state in range(states):
+            work[states + state], work[2 * states + state] = np.float32(np.inf), halves[state]
+            if interact:
+                for row in range(count):
+                    own[state, row] = values[column, row] - handed[column, row]
+        work[states + start[column]], steps = np.float32(0), rows * columns[column]
+        for row in range(count):
+            for state in range(states):
+                work[state] = own[state, row] if interact else values[column, row]
+            _extend(states, work, steps[row])
+            _choose(states, work, ways, way[row], error[row], code[row])
+            if interact:
+                _hand_on(states, way[row], error[row], padded[row], own, later)
+                own, later = later, own
+        best = 0
+        for state in range(1, states):
+            if work[states + state] < work[states + best]:
+                best = state
+        start[column] = best
+        _trace(states, best, way, error, code, halves, steps, codes[column], values[column], handed[column])
+        for row in range(count if len(upper) else 0):
+            values[column, row] /= upper[column, column]
+        for other in range(column + 1, len(upper)):
+            for row in range(count):
+                values[other, row] -= upper[column, other] * values[column, row]
+
+
+def _extend(states: int, work: NDArray[np.float32], step: np.float32) -> None:
+    """The nearest code of either parity from every state; in float32, and without a branch."""
+    zero, half, one, two = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+    beyond, inverse = np.float32(RADIUS + 1), one / step
+    for s in range(states):
+        target, cost, shift = work[s], work[states + s], work[2 * states + s]
+        scaled = abs(target * inverse)
+        near = np.rint(scaled + shift)
+        other = near + one if scaled + shift > near else near - one
+        # On the shifted grid 1 stands for half a step. From below 0.75 the second nearest is 0, not 2, at 1.5 steps.
+        other = zero if (shift > zero) & (near == one) & (scaled < np.float32(0.75)) else other
+        near_size = near - shift if near > zero else near
+        other_size = other - shift if other > zero else other
+        near_cost = cost + (scaled - near_size) * (scaled - near_size)
+        other_cost = cost + (scaled - other_size) * (scaled - other_size)
+        symbol = near if near < beyond else beyond
+        odd = symbol - two * np.floor(symbol * half) > zero
+        neither = (near >= beyond) & (other >= beyond)  # is even
+        swap = (not odd) | (neither & (other_cost < near_cost))
+        sign = one if target >= zero else -one
+        work[3 * states + s] = sign * (other if odd else near)
+        work[4 * states + s] = sign * (other if swap else near)
+        work[5 * states + s] = np.float32(np.inf) if neither else (other_cost if odd else near_cost)
+        work[6 * states + s] = other_cost if swap else near_cost
+        work[7 * states + s] = target - sign * ((other_size if odd else near_size) * step)
+        work[8 * states + s] = target - sign * ((other_size if swap else near_size) * step)
+
+
+def _choose(
+    states: int,
+    work: NDArray[np.float32],
+    ways: NDArray[np.int64],
+    way: NDArray[np.uint8],
+    error: NDArray[np.float32],
+    code: NDArray[np.float32],
+) -> None:
+    """The better way into every state."""
+    for s in range(states):
+        one, other = ways[0, s], ways[1, s]
+        better = other if work[5 * states + other] < work[5 * states + one] else one
+        way[s], error[s], code[s] = better, work[7 * states + better], work[3 * states + better]
+        work[s] = work[5 * states + better]
+    for s in range(states):
+        work[states + s] = work[s]
 
 
 def _hand_on(
-    row: int,
-    origin: NDArray[np.uint8],
+    states: int,
+    way: NDArray[np.uint8],
     error: NDArray[np.float32],
     spread: NDArray[np.float32],
     own: NDArray[np.float32],
+    later: NDArray[np.float32],
+) -> None:
+    """The targets of a patch's rows on each path, with this row's error; those of rows before are not read again."""
+    for s in range(states):
+        before, mine = way[s] & (states - 1), error[s]
+        for row in range(PATCH):
+            later[s, row] = own[before, row] - mine * spread[row]
+
+
+def _trace(
+    states: int,
+    best: int,
+    way: NDArray[np.uint8],
+    error: NDArray[np.float32],
+    code: NDArray[np.float32],
+    halves: NDArray[np.float32],
+    steps: NDArray[np.float32],
+    codes: NDArray[np.int32],
+    values: NDArray[np.float32],
     handed: NDArray[np.float32],
 ) -> None:
-    """The targets of a block's rows after `row`, by state, from its errors and the targets of the states before."""
-    for state in range(len(origin)):
-        mine, before, e = handed[state], own[origin[state]], error[state]
-        for later in range(row + 1, len(spread)):
-            mine[later] = before[later] - e * spread[later]
-
-
-def _trace(best: int, origin: NDArray[np.uint8], kept: NDArray[Any], path: NDArray[Any]) -> None:
-    """What was kept, by row and state, along the path that ends in state `best`."""
-    for i in range(len(path) - 1, -1, -1):
-        path[i] = kept[i, best]
-        best = origin[i, best]
-
-
-def _round_column(
-    targets: NDArray[np.float32],
-    steps: NDArray[np.float32],
-    spread: NDArray[np.float32],
-    edges: NDArray[np.int64],
-    quantizer: NDArray[np.uint8],
-    after: NDArray[np.uint8],
-    codes: NDArray[np.int32],
-    rounded: NDArray[np.float32],
-) -> None:
-    """Plain Python until numba compiles it. Uses up `targets`; fills `codes` and `rounded`."""
-    states, interact, impossible = len(quantizer), len(spread) > 0, np.float32(np.inf)
-    for place in range(len(edges) - 1):
-        first, state = edges[place], START
-        while first < edges[place + 1]:
-            last = min(first + BLOCK, edges[place + 1]) if interact else edges[place + 1]
-            count = last - first
-            width = count if interact else 1
-            own, handed = np.empty((states, width), np.float32), np.empty((states, width), np.float32)
-            if interact:
-                own[state] = targets[first:last]
-            cost = np.full(states, impossible, np.float32)
-            cost[state] = 0
-            # What follows is of the best path into each state.
-            origin, code = np.zeros((count, states), np.uint8), np.zeros((count, states), np.int32)
-            value, error = np.zeros((count, states), np.float32), np.zeros((count, states), np.float32)
-            for i in range(count):
-                row = first + i
-                inverse = np.float32(1) / steps[row]
-                reached = np.full(states, impossible, np.float32)
-                for s in range(states):
-                    if cost[s] == impossible:
-                        continue
-                    target = own[s, i] if interact else targets[row]
-                    scaled = abs(target * inverse)
-                    half = np.float32(0.5) * quantizer[s]
-                    for k in _nearest(scaled, half):
-                        size = np.float32(k) - half if k > 0 else np.float32(0) if k == 0 else np.float32(k) + half
-                        miss = scaled - size
-                        total = cost[s] + miss * miss
-                        s2 = after[s, min(abs(k), RADIUS + 1) & 1]
-                        if total < reached[s2]:
-                            reached[s2] = total
-                            origin[i, s2] = s
-                            code[i, s2] = k if target >= 0 else -k
-                            value[i, s2] = size * steps[row] if target >= 0 else -size * steps[row]
-                            error[i, s2] = target - value[i, s2]
-                if interact:
-                    _hand_on(i, origin[i], error[i], spread[row, first:last], own, handed)
-                    own, handed = handed, own
-                cost = reached
-            state = int(np.argmin(cost))
-            _trace(state, origin, code, codes[first:last])
-            _trace(state, origin, value, rounded[first:last])
-            if interact:
-                _trace(state, origin, error, targets[first:last])
-                for i in range(first, last):
-                    targets[last:] -= targets[i] * spread[i, last:]
-            first = last
+    """Along the path that ends in state `best`: its codes and errors, and what they leave of the values."""
+    for row in range(len(codes) - 1, -1, -1):
+        found = code[row, best]
+        handed[row] = error[row, best]
+        best = way[row, best] & (states - 1)
+        codes[row] = np.int32(found) if abs(found) < np.float32(LARGEST) else OUT_OF_BOUNDS
+        shift = halves[best] if found > 0 else -halves[best] if found < 0 else np.float32(0)
+        values[row] -= (found - shift) * steps[row]

@@ -74,7 +74,7 @@ def fit(measured: Sequence[tuple[Counts, float]], rates: Rates) -> Cost:
 
 
 SIZE = 2048  # rows and columns of a product
-ROWS = 1 << 20  # weights to round
+SIDE = 1 << 10  # rows and columns to round
 READ = 1 << 26  # numbers to add up: 256 MiB
 
 
@@ -83,17 +83,20 @@ def rates() -> Rates:
     import torch
 
     from nashswarm import trellis
+    from nashswarm.patches import Patch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     matrix, numbers = torch.randn(SIZE, SIZE), torch.ones(READ)
-    values, ones = np.random.default_rng(0).standard_normal(ROWS).astype(np.float32), np.ones(ROWS, np.float32)
-    snap = trellis.rounding(np.array([0, ROWS]), trellis.machine(32), None)
-    products, rounding, reading = (
-        _best(work) for work in (lambda: matrix @ matrix, lambda: snap(values, ones), numbers.sum)
-    )
+    values, ones = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32), np.ones(SIDE, np.float32)
+
+    def snap() -> None:
+        patch = Patch.alone(values.copy())
+        trellis.round_patch(patch, ones, ones, np.full(SIDE, trellis.START, np.uint8), trellis.machine(32))
+
+    products, rounding, reading = (_best(work) for work in (lambda: matrix @ matrix, snap, numbers.sum))
     torch.set_num_threads(before)
-    return Rates(2.0 * SIZE**3 / products, ROWS / rounding, 4.0 * READ / reading)
+    return Rates(2.0 * SIZE**3 / products, SIDE**2 / rounding, 4.0 * READ / reading)
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -17,7 +17,7 @@ tables are common to all tensors of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nashswarm import entropy, feedback, trellis
+from nashswarm.patches import Patch
 from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec
 
 SELLS = ("candidates",)
@@ -42,7 +43,6 @@ OUTPUT_DAMPING = 1.0
 # Of the inputs' mean power. KL at 3.0 bits on the reference and on a Llama-style model: 0.03: 0.0334 and 0.0634, 0.1:
 # 0.0331 and 0.0623, 0.3: 0.0333 and 0.0625; at 2.0 bits on the reference model 0.03: 0.179, 0.1: 0.176.
 INPUT_DAMPING = 0.1
-LARGEST_CODE = 1 << 24  # float32 counts no further one by one
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
 SAMPLE_ROWS = 32  # at least
 SIDES = ("rows", "columns")
@@ -109,11 +109,9 @@ def offer(job: Job, settings: Settings) -> Candidates:
     factors = float(np.log2(spread)) - SPREADS  # log2 k, falling: rising precision
     widths = steps.of_rows()[rows, None] * (steps.of_columns(0) * column_damage.sqrt().float())
     sizes, damages = [], []
-    snap = _sample_rounding(*relative.shape)
     for factor in factors:
-        scaled = relative * 2.0**-factor
-        codes, values = snap(scaled)
-        errors = (scaled - values).mul_(widths).mul_(2.0**factor)
+        codes, errors = _round_sample(relative * 2.0**-factor)
+        errors = errors.mul(widths).mul_(2.0**factor)
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ damage))
         size = _coded_bytes(codes, entropy.fit_scales(codes), trellis.machine(SAMPLE_STATES))
         sizes.append(size * job.tensor.shape[0] / len(rows))
@@ -139,20 +137,14 @@ def _sample_rows(out: int, into: int) -> Tensor:
     return torch.from_numpy(places.astype(np.int64))
 
 
-def _sample_rounding(rows: int, columns: int) -> Callable[[Tensor], tuple[np.ndarray, Tensor]]:
-    """Rounding without feedback: float32 [rows, columns], in steps -> codes int32, values float32.
-
-    Columns are laid end to end, and the machine starts anew at each.
-    """
-    edges = np.arange(0, rows * columns + 1, rows)
-    snap, ones = trellis.rounding(edges, trellis.machine(SAMPLE_STATES), None), np.ones(rows * columns, np.float32)
-
-    def rounded(scaled: Tensor) -> tuple[np.ndarray, Tensor]:
-        flat = scaled.clamp(-LARGEST_CODE, LARGEST_CODE).T.reshape(-1).numpy()
-        codes, values = (found.reshape(columns, rows).T for found in snap(flat, ones))
-        return np.ascontiguousarray(codes), torch.from_numpy(np.ascontiguousarray(values))
-
-    return rounded
+def _round_sample(scaled: Tensor) -> tuple[np.ndarray, Tensor]:
+    """Float32 [rows, columns], in steps, rounded without feedback: codes int32, errors float32, both of that shape."""
+    bound = trellis.LARGEST / 2
+    patch = Patch.alone(scaled.clamp(-bound, bound).T.contiguous().numpy())
+    rows, columns = (np.ones(size, np.float32) for size in scaled.shape)
+    states = np.full(len(columns), trellis.START, np.uint8)
+    codes = trellis.round_patch(patch, rows, columns, states, trellis.machine(SAMPLE_STATES))
+    return np.ascontiguousarray(codes.T), torch.from_numpy(patch.values.T)
 
 
 def _coded_bytes(codes: np.ndarray, contexts: tuple[np.ndarray, np.ndarray], machine: trellis.Machine) -> float:
@@ -229,20 +221,18 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     (model, unit), machine = _loss_model(job, settings), trellis.machine(settings.states)
     base = round((unit.base + job.choice.step) * BASE_UNITS)
     steps = replace(unit, base=base / BASE_UNITS)
-    rows, columns = steps.of_rows(), steps.of_columns(0)
-    spread = None if model.spread is None else feedback.spread(model.spread)
-    snap = trellis.rounding(entropy.first_rows(job.tensor.shape), machine, spread)
-    codes = np.empty(job.tensor.shape[::-1], np.int32)
-
-    def quantize(column: int, values: Tensor) -> Tensor:
-        widths = rows * columns[column]
-        largest = float((values / widths).abs().max())
-        if not largest < LARGEST_CODE:
-            raise InputError(f"{job.tensor.name}: codes reach {largest:.3g}, beyond {LARGEST_CODE}; lower the budget")
-        codes[column], rounded = snap(values.numpy(), widths.numpy())
-        return torch.from_numpy(rounded)
-
-    feedback.round_with_feedback(job.weight, model.columns, quantize)
+    rows, columns = steps.of_rows().numpy(), steps.of_columns(0).numpy()
+    codes, blocks = np.empty(job.tensor.shape[::-1], np.int32), entropy.first_rows(job.tensor.shape)
+    starts, edges = set(blocks.tolist()), trellis.decisions(blocks, model.spread is not None)
+    for group in feedback.groups(job.weight, model.columns, model.spread, feedback.BLOCK):
+        states = np.empty(len(group.columns), np.uint8)
+        for patch in group.patches(edges):
+            if patch.first in starts:
+                states.fill(trellis.START)
+            found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], states, machine)
+            if found.min() == trellis.OUT_OF_BOUNDS:
+                raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
+            codes[patch.columns[:, None], patch.rows] = found
     array = np.ascontiguousarray(codes.T)
     contexts = entropy.fit_scales(array)
     size = _coded_bytes(array, contexts, machine)

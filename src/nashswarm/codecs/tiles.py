@@ -42,8 +42,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import feedback
+from nashswarm import clipped, feedback
 from nashswarm.bitpack import pack, packed_size, unpack
+from nashswarm.clipped import STEPS_PER_OCTAVE
+from nashswarm.patches import PATCH
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
@@ -51,7 +53,6 @@ WIDTHS: tuple[int, ...] = ()
 TILE_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # bits, by index in the map
 INDEX_BITS = 3
 PLANES = (8, 4, 2, 1)
-STEPS_PER_OCTAVE = 8
 LEVELS = 15  # of a row's step within its tile: 1.75 octaves
 TOP = 255  # of a tile's steps within the matrix: 32 octaves
 HEADROOM = 4 * STEPS_PER_OCTAVE  # above the largest weight: feedback moves weights
@@ -132,11 +133,11 @@ class _Cut:
 # --- the loss model ------------------------------------------------------------------------------------------------
 
 
-def _loss_model(job: Job) -> tuple[feedback.LossModel, Tensor]:
+def _loss_model(job: Job) -> tuple[feedback.LossModel, np.ndarray]:
     """And the columns' weights 1 / U_cc^2 in rounding order, mean 1, float32 [in]."""
     model = feedback.loss_model(job, "tiles", feedback.DAMPING, OUTPUT_DAMPING, act_order=True)
     power = model.columns.upper.diagonal().double() ** -2
-    return model, (power / power.mean()).float()
+    return model, (power / power.mean()).float().numpy()
 
 
 def _normalized(job: Job) -> tuple[Tensor, int]:
@@ -151,65 +152,44 @@ def _normalized(job: Job) -> tuple[Tensor, int]:
 # --- grids ---------------------------------------------------------------------------------------------------------
 
 
-def _error(groups: Tensor, power: Tensor, eighths: Tensor, halves: Tensor) -> Tensor:
-    """Weighted squared rounding error [...] of groups [..., columns] on grids of 2 halves steps of 2^(eighths / 8)."""
-    steps, middles = _power_of_two(eighths).unsqueeze(-1), _middle(eighths).unsqueeze(-1)
-    halves = halves.unsqueeze(-1)
-    codes = (groups / steps).add_(0.5 - middles).floor_().clamp_(-halves, halves - 1)
-    return codes.add_(middles).mul_(steps).sub_(groups).square_() @ power
-
-
-def _fit(groups: Tensor, power: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The best steps of groups [..., columns]: log2 in eighths, a whole float32 [...], and their errors [...]."""
-    halves = torch.full(groups.shape[:-1], 2.0 ** (bits - 1))
-    peak = groups.abs().amax(-1).clamp(min=2.0**-LIMIT)
-    first = torch.ceil(STEPS_PER_OCTAVE * torch.log2(peak / halves)) + 1
-    best, least = first, torch.full_like(first, torch.inf)
-    for i in range(TRIES[bits]):
-        error = _error(groups, power, first - i, halves)
-        best = torch.where(error < least, first - i, best)
-        least = torch.minimum(error, least)
-    return best, least
-
-
-def _fit_tiles(groups: Tensor, power: Tensor, widths: Tensor, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """One tile of every strip: groups float32 [out, columns], widths float32 [out] -> uint8 [strips], [strips, rows].
+def _fit_tiles(values: np.ndarray, power: np.ndarray, widths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """One tile of every strip: values float32 [columns, out], widths uint8 [out] -> uint8 [strips], [strips, rows].
 
     The tile's byte follows its largest step. Rows whose steps would lie below its range take the range's end, or the
     step 0 where that is nearer.
     """
-    best, nothing = torch.full((len(groups),), -1e9), groups.square() @ power
+    nothing, nowhere = power @ np.square(values), -(1 << 30)
+    best = np.full(len(widths), nowhere)
     for bits in TILE_WIDTHS[1:]:
-        members = (widths == bits).nonzero()[:, 0]
-        found, error = _fit(groups[members], power, bits)
-        best[members] = torch.where(error < nothing[members], found, -1e9)
-    strips = torch.nn.functional.pad(best, (0, -len(best) % rows), value=-1e9).view(-1, rows)
-    tile = (strips.amax(1, keepdim=True) + OFFSET - (LEVELS - 1)).clamp(0, TOP)
-    row = (strips + OFFSET - tile).clamp(0, LEVELS - 1)
-    eighths = (row + tile - OFFSET).view(-1)[: len(groups)]
-    useful = (_error(groups, power, eighths, torch.exp2(widths - 1)) < nothing) & (widths > 0)
-    row = torch.where(_padded(useful, rows, 0).view(-1, rows), row + 1, 0)
-    return tile[:, 0].to(torch.uint8).numpy(), row.to(torch.uint8).numpy()
+        members = (widths == bits).nonzero()[0]
+        found, error = _fit(np.ascontiguousarray(values[:, members]), power, bits)
+        best[members] = np.where(error < nothing[members], found, nowhere)
+    strips = np.pad(best, (0, -len(best) % rows), constant_values=nowhere).reshape(-1, rows)
+    tile = (strips.max(1, keepdims=True) + OFFSET - (LEVELS - 1)).clip(0, TOP)
+    row = (strips + OFFSET - tile).clip(0, LEVELS - 1)
+    error = clipped.error(values, power, (row + tile - OFFSET).reshape(-1)[: len(widths)], _half(widths))
+    useful = np.pad((error < nothing) & (widths > 0), (0, -len(best) % rows)).reshape(-1, rows)
+    return tile[:, 0].astype(np.uint8), np.where(useful, row + 1, 0).astype(np.uint8)
 
 
-def _power_of_two(eighths: Tensor) -> Tensor:
-    return torch.exp2(eighths.double() / STEPS_PER_OCTAVE).float()
+def _fit(values: np.ndarray, power: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best steps and errors of rows, values float32 [columns, rows], as by `clipped.search`."""
+    return clipped.search(values, power, 2.0 ** (bits - 1), TRIES[bits])
 
 
-def _middle(eighths: Tensor) -> Tensor:
-    """Of the value of code 0 of a grid that is cut about zero, in steps: 1/2 or 0."""
-    return 0.5 * (1 - eighths.remainder(2))
+def _half(widths: np.ndarray) -> np.ndarray:
+    return np.exp2(widths.astype(np.float32) - 1)
 
 
 def _middles(tile: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """As `_middle`, of bytes [...] and nibbles [..., rows]: float32 [..., rows]."""
-    return np.where((tile[..., None] + row) % 2, np.float32(0), np.float32(0.5))
+    """Those of bytes [...] and nibbles [..., rows]: float32 [..., rows]; see `clipped.middle`."""
+    return clipped.middle(tile[..., None] + row)
 
 
 def _steps(tile: np.ndarray, row: np.ndarray, base: int) -> np.ndarray:
     """The steps that bytes [...] and nibbles [..., rows] stand for, float32 [..., rows]."""
     eighths = tile[..., None].astype(np.int64) + row.astype(np.int64) - 1 + base
-    return np.where(row > 0, np.exp2(eighths / STEPS_PER_OCTAVE), 0).astype(np.float32)
+    return np.where(row > 0, clipped.step(eighths), np.float32(0))
 
 
 # --- what the market sees ------------------------------------------------------------------------------------------
@@ -219,21 +199,16 @@ def offer(job: Job, settings: Settings) -> Candidates:
     """Bytes and damage of every tile at every width that is for sale, on the weights as they are before feedback."""
     weight, exponent = _normalized(job)
     model, power = _loss_model(job)
-    rows = _priced_rows(model) * 4.0**exponent
+    rows = 0.5 * (_priced_rows(model) * 4.0**exponent).numpy()
     cut = _Cut(job.tensor.shape, settings.rows, settings.columns)
-    power = _padded(power, cut.columns, 0).view(cut.tiles, cut.columns)
-    distortion = np.empty((cut.strips, cut.tiles, len(settings.widths)))
-    step = max(1, CHUNK // (cut.rows * cut.tiles * cut.columns))
-    for start in range(0, cut.strips, step):
-        members = slice(start * cut.rows, (start + step) * cut.rows)
-        tiled = _tiled(weight[members][:, model.columns.order], cut)
-        own = _padded(rows[members], cut.rows, 0).view(-1, cut.rows)
-        for t in range(cut.tiles):
-            nothing = tiled[t].square() @ power[t]
-            for i, bits in enumerate(settings.widths):
-                error = _fit(tiled[t], power[t], bits)[1] if bits else nothing
-                damage = 0.5 * (own * _beyond_local(error, nothing)).sum(1)
-                distortion[start : start + step, t, i] = damage.numpy()
+    distortion, strips = np.empty((cut.strips, cut.tiles, len(settings.widths))), np.arange(0, len(rows), cut.rows)
+    for k in range(cut.tiles):
+        here = slice(k * cut.columns, (k + 1) * cut.columns)
+        values, own = weight.T[model.columns.order[here]].contiguous().numpy(), power[here]
+        nothing = own @ np.square(values)
+        for i, bits in enumerate(settings.widths):
+            error = _fit(values, own, bits)[1] if bits else nothing
+            distortion[:, k, i] = np.add.reduceat(rows * _beyond_local(error, nothing), strips)
     sizes = np.array([cut.bytes_of(bits) for bits in settings.widths], np.float64)
     sizes += sum(cut.map_bytes) / (cut.strips * cut.tiles)
     players = distortion.reshape(-1, len(settings.widths))
@@ -258,31 +233,18 @@ def _priced_rows(model: feedback.LossModel) -> Tensor:
     return model.rows * float(rows.sum() / model.rows.sum() * columns.mean())
 
 
-def _beyond_local(error: Tensor, nothing: Tensor) -> Tensor:
-    """error (1 + BEYOND error / nothing), float64 [...]: what loses much of itself leaves the quadratic model's range.
+def _beyond_local(error: np.ndarray, nothing: np.ndarray) -> np.ndarray:
+    """error (1 + BEYOND error / nothing), float64 [rows]: what loses much of itself leaves the quadratic model's range.
 
     `nothing` is the error of zeros in a row's place.
     """
-    share = (error / nothing).nan_to_num(0, 0, 0).clamp(max=1)
-    return error.double() * (1 + BEYOND * share)
+    share = np.divide(error, nothing, out=np.zeros_like(error), where=nothing > 0).clip(max=1)
+    return np.asarray(error.astype(np.float64) * (1 + BEYOND * share))
 
 
 def _lengths(length: int, size: int) -> np.ndarray:
     """Of the pieces into which `length` is cut."""
     return np.minimum(size, length - np.arange(0, length, size))
-
-
-def _padded(values: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros behind the end of one dimension, up to a multiple of `size`."""
-    shape = list(values.shape)
-    shape[dim] = -shape[dim] % size
-    return torch.cat([values, values.new_zeros(shape)], dim) if shape[dim] else values
-
-
-def _tiled(matrix: Tensor, cut: _Cut) -> Tensor:
-    """[some strips' rows, in] -> [tiles, strips, rows, columns]."""
-    padded = _padded(_padded(matrix, cut.columns, 1), cut.rows, 0)
-    return padded.view(-1, cut.rows, cut.tiles, cut.columns).permute(2, 0, 1, 3).contiguous()
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
@@ -296,24 +258,18 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     widths = _widths(job, cut)
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
-    snap, out = feedback.clipped_rounding(model.spread), cut.shape[0]
-    steps = halves = middles = np.empty(0, np.float32)
-
-    def begin(group: int, columns: Tensor) -> None:
-        nonlocal steps, halves, middles
-        own = np.repeat(widths[:, group], cut.rows)[:out].astype(np.float32)
-        weights = power[group * cut.columns :][: cut.columns]
-        found = _fit_tiles(columns.T.contiguous(), weights, torch.from_numpy(own), cut.rows)
-        tile[:, group], row[:, group] = found
+    out = cut.shape[0]
+    edges = [*range(0, out, PATCH), out]
+    for k, group in enumerate(feedback.groups(weight, model.columns, model.spread, cut.columns)):
+        own = np.repeat(widths[:, k], cut.rows)[:out]
+        here = slice(k * cut.columns, k * cut.columns + len(group.columns))
+        found = _fit_tiles(group.weight().numpy(), power[here], own, cut.rows)
+        tile[:, k], row[:, k] = found
         steps = _steps(*found, -OFFSET).reshape(-1)[:out]
-        halves, middles = np.exp2(own - 1) * (steps > 0), _middles(*found).reshape(-1)[:out]
-
-    def quantize(place: int, values: Tensor) -> Tensor:
-        found = snap(values.numpy(), steps, halves, middles)
-        codes[place, :out] = found + halves
-        return torch.from_numpy((found + middles) * steps)
-
-    feedback.round_groups_with_feedback(weight, model.columns, cut.columns, begin, quantize)
+        halves, middles = _half(own) * (steps > 0), _middles(*found).reshape(-1)[:out]
+        for patch in group.patches(edges):
+            own = patch.rows
+            codes[here, own] = clipped.round_patch(patch, steps[own], halves[own], middles[own]) + halves[own]
     places = _file_order(widths)
     index = np.searchsorted(TILE_WIDTHS, widths)
     order = model.columns.order.numpy()

@@ -1,0 +1,145 @@
+"""Finite grids: the search for their steps, and rounding to them with feedback.
+
+A grid of step s has the values (q + m) s, -h <= q < h, q whole. s is 2^(e / 8) with a whole e; m is 1/2 where e is
+even, else 0: of two neighbouring steps one has a grid that is symmetric, and the other one with zero in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+from nashswarm import jit
+from nashswarm.patches import PATCH, Patch
+
+STEPS_PER_OCTAVE = 8
+LEAST = 2.0**-100  # weights below are taken for it
+LANES = 64  # groups of weights that are searched at the same time
+
+
+def step(eighths: np.ndarray) -> np.ndarray:
+    """2^(eighths / 8), float32."""
+    return np.exp2(eighths / STEPS_PER_OCTAVE).astype(np.float32)
+
+
+def middle(eighths: np.ndarray) -> np.ndarray:
+    """Of the value of code 0, in steps, float32: 1/2 or 0."""
+    return np.where(eighths % 2, np.float32(0), np.float32(0.5))
+
+
+def search(groups: np.ndarray, power: np.ndarray, half: float, tries: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best steps of groups, float32 [C, groups], a column each: e, int64 [groups], and errors as by `error`.
+
+    Arguments: `power`, float32 [C], what a squared error counts; `half`, h of all grids; `tries`, how many steps to try
+    from the one that clips nothing downwards.
+    """
+    peak = np.abs(groups).max(0, initial=LEAST)
+    first = np.ceil(STEPS_PER_OCTAVE * np.log2(peak / np.float32(half))).astype(np.int64) + 1
+    return _searched(groups, power, first, np.full(len(first), half, np.float32), tries)
+
+
+def error(groups: np.ndarray, power: np.ndarray, eighths: np.ndarray, halves: np.ndarray) -> np.ndarray:
+    """Weighted squared rounding errors, float32 [groups], on grids of these e, int64 [groups], and h, float32."""
+    return _searched(groups, power, eighths, halves, 1)[1]
+
+
+def _searched(
+    groups: np.ndarray, power: np.ndarray, first: np.ndarray, halves: np.ndarray, tries: int
+) -> tuple[np.ndarray, np.ndarray]:
+    best, least = np.empty(len(first), np.int64), np.empty(len(first), np.float32)
+    eighths = first - np.arange(tries)[:, None]
+    _kernels()[0](groups, power, halves, eighths, step(eighths), middle(eighths), best, least)
+    return best, least
+
+
+def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
+    """Round a patch in place, as `Patch` says; its codes q, int16 [C, R].
+
+    Arguments: s, h and m of every row, float32 [R]. Where the step is zero, so is the value, and q is -h.
+    """
+    codes = np.empty(patch.values.shape, np.int16)
+    _kernels()[1](patch.values, patch.handed, patch.upper, patch.spread, steps, halves, middles, codes)
+    return codes
+
+
+@cache
+def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+    vector, matrix = "float32[::1]", "float32[:, ::1]"
+    search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
+    patch = f"void({matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}, {vector}, int16[:, ::1])"
+    return jit.compiled(_search, search), jit.compiled(_round, patch)
+
+
+def _search(
+    groups: np.ndarray,
+    power: np.ndarray,
+    halves: np.ndarray,
+    eighths: np.ndarray,
+    steps: np.ndarray,
+    middles: np.ndarray,
+    best: np.ndarray,
+    least: np.ndarray,
+) -> None:
+    """Plain Python until numba compiles it, as what follows. Loops over lanes are of a constant length, for vectors."""
+    columns, count = groups.shape
+    block, errors = np.zeros((columns, LANES), np.float32), np.empty(LANES, np.float32)
+    s, h, m = np.ones(LANES, np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
+    for start in range(0, count, LANES):
+        lanes = min(LANES, count - start)
+        block[:, :lanes] = groups[:, start : start + lanes]
+        h[:lanes] = halves[start : start + lanes]
+        least[start : start + lanes] = np.float32(np.inf)
+        best[start : start + lanes] = eighths[0, start : start + lanes]
+        for i in range(len(steps)):
+            s[:lanes], m[:lanes] = steps[i, start : start + lanes], middles[i, start : start + lanes]
+            errors[:] = np.float32(0)
+            for column in range(columns):
+                weight = power[column]
+                for lane in range(LANES):
+                    code = np.floor(block[column, lane] / s[lane] + (np.float32(0.5) - m[lane]))
+                    code = min(max(code, -h[lane]), h[lane] - np.float32(1))
+                    miss = (code + m[lane]) * s[lane] - block[column, lane]
+                    errors[lane] += weight * miss * miss
+            for lane in range(lanes):
+                if errors[lane] < least[start + lane]:
+                    least[start + lane], best[start + lane] = errors[lane], eighths[i, start + lane]
+
+
+def _round(
+    values: np.ndarray,
+    handed: np.ndarray,
+    upper: np.ndarray,
+    spread: np.ndarray,
+    steps: np.ndarray,
+    halves: np.ndarray,
+    middles: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    count, half = values.shape[1], np.float32(0.5)
+    taken, padded = np.empty(PATCH, np.float32), np.zeros((count, PATCH), np.float32)
+    for row in range(len(spread)):
+        padded[row, :count] = spread[row]
+    for column in range(len(values)):
+        if len(spread):
+            taken[:count] = handed[column]
+        for row in range(count):
+            target = values[column, row] - (taken[row] if len(spread) else np.float32(0))
+            code, rounded = -halves[row], np.float32(0)
+            if steps[row] > 0:
+                code = np.floor(target / steps[row] + (half - middles[row]))
+                code = min(max(code, -halves[row]), halves[row] - np.float32(1))
+                rounded = (code + middles[row]) * steps[row]
+            codes[column, row] = np.int16(code)
+            error = target - rounded
+            handed[column, row] = error
+            values[column, row] -= rounded
+            if len(spread):
+                for later in range(PATCH):  # those of rows before are not read again
+                    taken[later] += error * padded[row, later]
+        for row in range(count if len(upper) else 0):
+            values[column, row] /= upper[column, column]
+        for other in range(column + 1, len(upper)):
+            for row in range(count):
+                values[other, row] -= upper[column, other] * values[column, row]

@@ -1,0 +1,89 @@
+"""Finite grids: the search for steps against all tried, and patches of a matrix against one element after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_feedback import COLUMNS, ROWS, job
+
+from nashswarm import clipped, feedback
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def defined(groups: np.ndarray, power: np.ndarray, eighths: np.ndarray, half: float) -> np.ndarray:
+    """Errors by the module's definition, float64 [groups]."""
+    step, middle = 2.0 ** (eighths / 8), np.where(eighths % 2, 0.0, 0.5)
+    codes = np.clip(np.floor(groups / step + 0.5 - middle), -half, half - 1)
+    return np.asarray(power @ np.square((codes + middle) * step - groups))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [1, 64, 130])
+def test_the_best_step_of_those_tried_is_found(bits: int, count: int) -> None:
+    groups, power, half, tries = normal(40, count), np.abs(normal(40, seed=1)), 2.0 ** (bits - 1), 12
+    best, least = clipped.search(groups, power, half, tries)
+    first = np.ceil(8 * np.log2(np.abs(groups).max(0) / half)) + 1
+    errors = np.array([defined(groups, power, first - i, half) for i in range(tries)])
+    assert least == pytest.approx(errors.min(0), rel=1e-4)
+    found = (first - best).astype(int)
+    assert errors[found, np.arange(count)] == pytest.approx(errors.min(0), rel=1e-4)
+    again = clipped.error(groups, power, best, np.full(count, half, np.float32))
+    assert np.array_equal(again, least)
+    assert np.abs(groups).max(0) == pytest.approx(np.clip(np.abs(groups).max(0), None, half * 2.0 ** (first / 8)))
+
+
+def test_zeros_have_the_least_step() -> None:
+    best, least = clipped.search(np.zeros((8, 3), np.float32), np.ones(8, np.float32), 1.0, 14)
+    assert (best <= -790).all()
+    assert (least < 1e-30).all()
+
+
+@pytest.mark.parametrize("interact", [False, True])
+@pytest.mark.parametrize("size", [COLUMNS, 24])
+@pytest.mark.parametrize("edges", [[0, ROWS], [0, 7, 20, ROWS]])
+def test_patches_are_one_element_after_the_other(interact: bool, size: int, edges: list[int]) -> None:
+    """In float64, as `Patch` says: what is handed on by any cut into patches is the same to rounding."""
+    task = job(interact)
+    model = feedback.loss_model(task, "test", 0.01, 0.5, act_order=True)
+    steps, halves, middles = np.full(ROWS, 0.2, np.float32), np.full(ROWS, 4.0, np.float32), np.zeros(ROWS, np.float32)
+    steps[5] = 0
+    found = np.empty((ROWS, COLUMNS), np.int64)
+    for group in feedback.groups(task.weight, model.columns, model.spread, size):
+        for patch in group.patches(edges):
+            own = (values[patch.rows] for values in (steps, halves, middles))
+            found[patch.rows[:, None], patch.columns] = clipped.round_patch(patch, *own).T
+    values, upper = task.weight.double().numpy().copy(), model.columns.upper.double().numpy()
+    order = np.arange(ROWS) if model.spread is None else model.spread.order.numpy()
+    between = np.eye(ROWS) if model.spread is None else feedback.spread(model.spread).double().numpy()
+    expected = np.empty_like(found)
+    for i, column in enumerate(model.columns.order.tolist()):
+        handed, rounded = np.zeros(ROWS), np.zeros(ROWS)
+        for r, row in enumerate(order):
+            target = values[row, column] - handed[r]
+            code = np.clip(np.floor(target / steps[row] + 0.5), -4, 3) if steps[row] else -4
+            rounded[row], expected[row, column] = code * steps[row], code
+            handed[r + 1 :] += (target - rounded[row]) * between[r, r + 1 :]
+        later = model.columns.order[i + 1 :].numpy()
+        errors = (values[:, column] - rounded) / upper[i, i]
+        values[:, later] -= np.outer(errors, upper[i, i + 1 :])
+    assert (found != expected).mean() < 0.003  # of float32 beside float64: a code at an edge
+    assert len(np.unique(found)) == 8
+
+
+def test_kernels_are_plain_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, power = normal(6, 70), np.abs(normal(6, seed=1))
+
+    def results() -> list[np.ndarray]:
+        nearby = feedback.groups(torch.from_numpy(normal(70, 6)), feedback.factor(torch.eye(6).double(), "w"), None, 6)
+        patch = next(iter(next(iter(nearby)).patches([0, 70])))
+        grid = (np.full(70, value, np.float32) for value in (0.3, 2.0, 0.5))
+        return [*clipped.search(groups, power, 2.0, 5), clipped.round_patch(patch, *grid), patch.values, patch.handed]
+
+    compiled = results()
+    monkeypatch.setattr(clipped, "_kernels", lambda: (clipped._search, clipped._round))
+    for one, other in zip(compiled, results(), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)

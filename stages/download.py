@@ -30,7 +30,7 @@ def main(params: Params, model: str) -> None:
         index = models.describe(directory)
         every = {f"corpora.{name}.{split}": t for name, found in splits.items() for split, t in found.items()}
         corpora.check_vocabulary(every, index.vocabulary)
-        windows = min(context, 1024), min(context, params.evaluation.context)
+        windows = index.calibration_window, min(context, params.evaluation.context)
         corpora.check_run(splits, params.active.calibration, params.active.corpora, windows, tokenizer.decode)
         for name, tokenized in splits.items():
             artifacts.write_tokens(target, name, tokenized)

@@ -109,7 +109,7 @@ def calibration_windows(index: ModelIndex, ids: np.ndarray, tokens: int, batch_t
 
     Raises InputError for too few.
     """
-    context = min(index.context, 1024)
+    context = index.calibration_window
     count = min(ids.size, tokens) // context or min(1, ids.size // context)
     if not count:
         raise InputError(f"{ids.size} calibration tokens do not fill one window of {context}; give more text")

@@ -179,9 +179,9 @@ class PackingBenchmark:
 class QuantizationBenchmark:
     """Models of GPT-2's make with random weights, as LAYERSxWIDTH, and what they are quantized to."""
 
-    models: tuple[str, ...] = ("2x128", "2x256", "4x256")
-    vocabulary: int = 4096
-    tokens: int = 8192  # of calibration; random, too
+    models: tuple[str, ...] = ("2x256", "4x384", "6x512")
+    vocabulary: int = 50257
+    tokens: int = 16384  # of calibration; random, too
     budget: float = 3.25  # true bits per weight, of the markets
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ def scoring_need(index: ModelIndex, scoring: Scoring, seconds: float = 0.0) -> N
     """Of the statistics. Arguments as those of `needs`."""
     width = _width(index)
     inputs, outputs = ([shape[i] for shape in (t.shape for t in _worst_layer(index))] for i in (1, 0))
-    batch, context = scoring.batch_tokens, min(index.context, 1024)
+    batch, context = scoring.batch_tokens, index.calibration_window
     batch = max(batch, context)
     head = 5 * 4 * batch * index.vocabulary
     sums = 8 * sum(i * i + o * o for i, o in zip(inputs, outputs, strict=True)) + 12 * max(map(_square, inputs))

@@ -71,8 +71,9 @@ def gather(
     run = _Run(engine, load, index, ids, scoring, progress)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch:
         journal = journal or _Forgetful(Path(scratch))
-        inputs, flush = run.file(journal)
-        lookups = _resumed(journal, "lookups", lambda: run.forward(inputs, flush))
+        mapped = run.file(journal)
+        inputs = torch.from_numpy(mapped)
+        lookups = _resumed(journal, "lookups", lambda: run.forward(mapped))
         gradients = torch.empty(inputs.shape[1:])
         state = journal.read("state")
         done = int(state["layer"]) if state else index.layers + 1
@@ -218,11 +219,11 @@ def _head(blocks: Blocks, number: int, hidden: Tensor, stream: torch.Generator) 
     with replaced_blocks(blocks.model, blocks.blocks, hidden), _hooked({name: head}, found, False):
         windows = blocks.windows[blocks.batches()[number]]
         logits = blocks.model(windows, use_cache=False).logits.float().flatten(0, 1)
-    p = logits.detach().softmax(-1).cpu()
-    labels = _labels(p, stream).to(logits.device)
-    # E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
-    found[name].sums.append(("fisher", (p * (1 - p)).sum(0, dtype=torch.float64)))
-    functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    p = logits.detach().softmax(-1)
+    labels = _labels(p.cpu(), stream).to(p.device)
+    found[name].sums.append(("fisher", _label_variance(p)))
+    p[torch.arange(len(p)), labels] -= 1  # d loss / d logits; there is memory for few arrays of this size
+    logits.backward(p)
     assert hidden.grad is not None
     return hidden.grad.float().cpu(), _on_processor(found)
 
@@ -230,6 +231,15 @@ def _head(blocks: Blocks, number: int, hidden: Tensor, stream: torch.Generator) 
 def _labels(p: Tensor, stream: torch.Generator) -> Tensor:
     """int64 [tokens], of probabilities [tokens, rows]: takes a number for each token and row."""
     return torch.multinomial(p, 1, generator=stream).squeeze(1)
+
+
+def _label_variance(p: Tensor) -> Tensor:
+    """Of probabilities [tokens, rows], float64 [rows], summed over tokens.
+
+    E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
+    """
+    parts = (p[i : i + 256] for i in range(0, len(p), 256))
+    return torch.stack([(own * (1 - own)).to(wide(p.device)).sum(0, dtype=torch.float64) for own in parts]).sum(0)
 
 
 def _on_processor(found: dict[str, _Found]) -> dict[str, _Found]:
@@ -273,20 +283,16 @@ class _Run:
         self.shape, self.batches = windows.shape, batches_of(len(windows), batch)
         self.shared = self.engine.share(partial(_prepare, self.load, self.index, self.ids, self.scoring), True)
 
-    def file(self, journal: Journal) -> tuple[Tensor, Callable[[], None]]:
-        """float32 [blocks + 1, windows, context, width] on disk: every block's inputs, and the last one's output.
-
-        And what waits until all that was written there is on the disk.
-        """
+    def file(self, journal: Journal) -> np.memmap[Any, np.dtype[np.float32]]:
+        """float32 [blocks + 1, windows, context, width]: every block's inputs, and the last one's output."""
         (width,) = self.engine.map(_width, self.shared, [()])
         shape = (self.index.layers + 1, *self.shape, width)
         path = journal.scratch("inputs", 4 * math.prod(shape))
-        values = np.memmap(path, np.float32, "r+", shape=shape)
-        return torch.from_numpy(values), values.flush
+        return np.memmap(path, np.float32, "r+", shape=shape)
 
-    def forward(self, inputs: Tensor, flush: Callable[[], None]) -> dict[str, Tensor]:
-        """Fill `inputs`, and count lookups: name of a table -> float64 [rows]."""
-        counts: dict[str, Tensor] = {}
+    def forward(self, mapped: np.memmap[Any, np.dtype[np.float32]]) -> dict[str, Tensor]:
+        """Fill the file, and count lookups: name of a table -> float64 [rows]."""
+        counts, inputs = dict[str, Tensor](), torch.from_numpy(mapped)
         found = self.engine.map(_embedded, self.shared, ((number,) for number in range(len(self.batches))))
         for batch, (own, lookups) in zip(self.batches, found, strict=True):
             inputs[0, batch] = own
@@ -296,7 +302,7 @@ class _Run:
             items = ((layer, n, inputs[layer, b].clone()) for n, b in enumerate(self.batches))
             for batch, own in zip(self.batches, self.engine.map(_forward, self.shared, items), strict=True):
                 inputs[layer + 1, batch] = own
-        flush()
+        mapped.flush()
         return counts
 
     def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:

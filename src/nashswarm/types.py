@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # allocators use these records and must not need torch
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop and shows how far it is; title second
 Kind = Literal["linear", "conv1d", "embedding"]
 Part = Literal["attention", "mlp", "embedding", "head", "other"]
+LONGEST_CALIBRATION_WINDOW = 1024  # tokens
 
 
 class NashSwarmError(Exception):
@@ -70,6 +71,11 @@ class ModelIndex:
     def parameters(self) -> int:
         """Number of parameters, a tied matrix counted once."""
         return sum(t.weights for t in self.tensors) + sum(int(np.prod(v.shape)) for v in self.vectors)
+
+    @property
+    def calibration_window(self) -> int:
+        """Tokens of a window of calibration text."""
+        return min(self.context, LONGEST_CALIBRATION_WINDOW)
 
     def scope(self, scope: str) -> tuple[TensorSpec, ...]:
         """The matrices that a method quantizes: 'linear' is what isinstance(nn.Linear) finds, 'all' is all.

@@ -44,7 +44,8 @@ def rounded(weight: Tensor, model: feedback.LossModel, step: float) -> Tensor:
                 targets[r + 1 :] -= (targets[r] - float(found[r, column])) * spread[r, r + 1 :]
         return found[:, column].clone()
 
-    feedback.round_with_feedback(weight, model.columns, quantize)
+    for group in feedback.groups(weight, model.columns, None, 24):
+        group.round_columns(quantize)
     return found
 
 

@@ -179,36 +179,6 @@ def loss_model(job: Job, codec: str, input_damping: float, output_damping: float
     return LossModel(found, columns, spread, spread.step.double() ** -2)
 
 
-def round_with_feedback(weight: Tensor, found: Factor, quantize: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Round the columns of `weight`, float32 [out, in], one after the other, handing each one's error on.
-
-    Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [out], and keeps its codes.
-    Returns: e_rc / U_cc, float32 [out, in], in the matrix's own column order: its weighted square is the damage.
-    """
-    columns = len(found.order)
-    rest = weight.T[found.order].contiguous()  # [in, out]: a column is contiguous
-    errors = torch.empty_like(rest)
-    places = found.order.tolist()
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        upper = found.upper[start:stop, start:stop]
-        diagonal = upper.diagonal().tolist()
-        for i in range(start, stop):
-            error = errors[i]
-            torch.sub(rest[i], quantize(places[i], rest[i]), out=error)
-            error.div_(diagonal[i - start])
-            if i + 1 < stop:
-                rest[i + 1 : stop].addr_(upper[i - start, i - start + 1 :], error, alpha=-1)
-        if stop < columns:
-            rest[stop:].addmm_(found.upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    result = torch.empty_like(errors)
-    result[found.order] = errors
-    return result.T.contiguous()
-
-
-# --- both sides ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """Columns next to each other in rounding order, all their rows, as the errors of those before left them."""
@@ -224,6 +194,17 @@ class Group:
         found = torch.empty_like(self.values)
         found[:, self.rows] = self.values
         return found
+
+    def round_columns(self, quantize: Callable[[int, Tensor], Tensor]) -> None:
+        """Round one column after the other, where rows do not interact.
+
+        Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [out], and keeps its codes.
+        """
+        pivots = self.upper.diagonal().tolist()
+        for i, column in enumerate(self.columns.tolist()):
+            error = self.values[i]
+            error.sub_(quantize(column, error)).div_(pivots[i])
+            self.values[i + 1 :].addr_(self.upper[i, i + 1 :], error, alpha=-1)
 
     def patches(self, edges: Sequence[int]) -> Iterator[Patch]:
         """Patches of the rows between two `edges` each, places in rounding order; at most PATCH where they interact."""
@@ -241,11 +222,13 @@ class Group:
 
 
 def groups(weight: Tensor, columns: Factor, rows: Factor | None, size: int) -> Iterator[Group]:
-    """The columns of `weight`, float32 [out, in], by `size` in rounding order, each to be rounded patch by patch.
+    """The columns of `weight`, float32 [out, in], by `size` in rounding order, to be rounded in place before the next.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
     rounding error of an element after those before it, in its column and in columns before, have handed theirs on
     (YAQA, Tseng et al. 2025, arXiv:2505.22988). Errors go from patch to patch as matrix products.
+
+    Arguments: `rows`, None where rows do not interact.
     """
     order = torch.arange(len(weight)) if rows is None else rows.order
     rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous

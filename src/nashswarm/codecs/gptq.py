@@ -34,7 +34,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         codes[column] = found.to(torch.uint8)
         return (found - zero) * scale.float()
 
-    feedback.round_with_feedback(job.weight, feedback.factor(moment, job.tensor.name), quantize)
+    for columns in feedback.groups(job.weight, feedback.factor(moment, job.tensor.name), None, feedback.BLOCK):
+        columns.round_columns(quantize)
     grids = (scales, None if settings.symmetric else zeros)
     return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), *grids, bits, group)
 

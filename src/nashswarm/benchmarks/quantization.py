@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from nashswarm.benchmarks.timing import Row, Spread, interleaved, plain, signifi
 from nashswarm.config import HEAD, Benchmark, Method, Scoring, load_room, parse_method, sizes
 from nashswarm.engine import Local
 from nashswarm.types import Choice, Job, ModelIndex, Progress, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTEXT = 1024
 WORDS = 65_536  # of random text at least: calibration takes what it wants of it
@@ -124,10 +127,16 @@ def score(root: Path, scoring: Scoring) -> tuple[float, int, float, int]:
     original, ids = models.load_streamed(root / "model", index), random_text(index, max(WORDS, scoring.tokens))
     whole = scoring.tokens // index.context * index.context
     windows = torch.from_numpy(ids[:whole].astype(np.int64)).view(-1, index.context)
-    with torch.no_grad():
-        unit = _seconds(lambda: [original(window[None], use_cache=False) for window in windows])
+    unit = _seconds(lambda: _read(original, windows))
     seconds = _seconds(lambda: _score(root, statistics.gather(lambda: original, index, ids, scoring, quiet)))
     return unit, index.parameters, seconds, peak_bytes()
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Window after window; logits of all of them would be gigabytes."""
+    for window in windows:
+        model(window[None], use_cache=False)
 
 
 def _score(root: Path, found: Iterable[tuple[TensorSpec, Any]]) -> None:

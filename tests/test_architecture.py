@@ -24,9 +24,11 @@ FOUNDATION: dict[str, set[str]] = {
     "bitpack": {"jit"},
     "jit": set(),
     "rans": {"jit"},
-    "trellis": {"jit", "rans"},
+    "patches": set(),
+    "trellis": {"jit", "patches", "rans"},
     "entropy": {"rans", "trellis"},
-    "feedback": {"jit", "types"},
+    "feedback": {"patches", "types"},
+    "clipped": {"jit", "patches"},
     "tooling": {"bitpack", "types"},
 }
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import

@@ -114,7 +114,7 @@ def _buy(model: Model, method: Method, offers: list[Offer], engine: Engine) -> A
         except ValueError as error:
             raise NashSwarmError(f"methods.{method.name}.{error}") from error
 
-    best, most = None, -1
+    best, most, above = None, -1, 0
     for _ in range(BUYING_ROUNDS):
         allocation = buy(overhead)
         bought, sizes = _trial(model, method, allocation, engine)
@@ -126,7 +126,9 @@ def _buy(model: Model, method: Method, offers: list[Offer], engine: Engine) -> A
             return _sized(dataclasses.replace(allocation, bought_bytes=bought), sizes)
         if most < bought <= asked:
             best, most = allocation, bought
-        overhead += bought - asked + CLOSE / 2 * asked
+        above += bought > asked
+        # Twice the margin each time it was too much: in a tiny model the next coarser tile may be far.
+        overhead += bought - asked + CLOSE / 2 * asked * 2 ** max(above - 1, 0)
         if sizes and abs(bought - asked) <= NEAR * asked:
             better = buy(overhead)
             moved = {n: (better.choices[n].size or 0) - (allocation.choices[n].size or 0) for n in sizes}

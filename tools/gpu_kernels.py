@@ -33,6 +33,7 @@ def twin(matrix: GpuMatrix) -> GpuMatrix:
     """The same matrix in another place."""
     made = copy.copy(matrix)
     made._arrays = {name: array.clone() for name, array in matrix._arrays.items()}
+    torch.cuda.synchronize()  # as when a matrix is loaded
     return made
 
 

@@ -144,7 +144,8 @@ class GpuMatrix:
     def _decode(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], its columns in rounding order."""
         if self._hopper:
-            return hopper.decode(self._hopper, self._arrays, self.shape, self._base, dtype)
+            made = dtype if dtype in DTYPES else torch.float32
+            return hopper.decode(self._hopper, self._arrays, self.shape, self._base, made).to(dtype)
         own = self._arrays
         dense = torch.zeros(self.shape, dtype=dtype, device=self.device)  # tiles of width 0 are in no item
         with _current(self.device):

@@ -44,6 +44,7 @@ TORCH = {
     "evaluation",
     "feedback",
     "kernels.gpu",
+    "kernels.hopper",
     "kernels.matrix",
     "kernels.serving",
     "loading",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nashswarm.benchmarks.matrices import SHARES, packed
 from nashswarm.benchmarks.timing import Spread
 from nashswarm.kernels.gpu import GpuMatrix
+from nashswarm.types import PackedTensor
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672))
 MIXES = {"4 bits": {4: 1.0}, "3.25 bits": SHARES}
@@ -32,12 +33,19 @@ def twin(matrix: GpuMatrix) -> GpuMatrix:
     """The same matrix in another place."""
     made = copy.copy(matrix)
     made._arrays = {name: array.clone() for name, array in matrix._arrays.items()}
+    torch.cuda.synchronize()  # as when a matrix is loaded
     return made
 
 
 def twins(matrix: GpuMatrix, cold: int) -> list[GpuMatrix]:
     """The same matrix in as many places as make `cold` MiB."""
     return [matrix, *(twin(matrix) for _ in range(max(1, -(-(cold << 20) // matrix.nbytes) - 1)))]
+
+
+def both(matrix: PackedTensor) -> dict[str, GpuMatrix]:
+    """By a name's ending: as the card is served, and with Triton's kernels where those are others."""
+    made = {"": GpuMatrix(matrix)}
+    return made | {", Triton": GpuMatrix(matrix, fastest=False)} if made[""]._hopper else made
 
 
 def captured(product: Callable[[int], object], copies: int, times: int = 2) -> Replay:
@@ -74,7 +82,10 @@ def measure(shape: tuple[int, int], batches: list[int], cold: int, rounds: int, 
     dense = [
         torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(-(-(cold << 20) // shape[0] // shape[1]))
     ]
-    made = {name: twins(GpuMatrix(packed(shape, rng, mix)), cold) for name, mix in MIXES.items()}
+    made = {}
+    for name, mix in MIXES.items():
+        matrix = packed(shape, rng, mix)
+        made |= {f"{name}{of}": twins(m, cold) for of, m in both(matrix).items()}
     for batch in batches:
         x = torch.randn(batch, shape[1], device="cuda", dtype=torch.float16)
         contestants = {"cuBLAS": captured(lambda i, x=x: nn.functional.linear(x, dense[i]), len(dense), 4)}
@@ -88,7 +99,7 @@ def measure(shape: tuple[int, int], batches: list[int], cold: int, rounds: int, 
             size = made[name][0].nbytes if name in made else dense[0].nbytes
             rate = size / np.median(times) / 1e6
             print(
-                f"  batch {batch:2d}  {name:10s} {np.median(times):7.1f} us  {rate:5.2f} TB/s, "
+                f"  batch {batch:2d}  {name:17s} {np.median(times):7.1f} us  {rate:5.2f} TB/s, "
                 f"{rate / reading:4.2f} of reading  over cuBLAS {Spread.of(found['cuBLAS'] / times)}",
                 flush=True,
             )
@@ -114,13 +125,10 @@ class Stack:
 def decode(rounds: int) -> None:
     """Print the time of a token, as a graph and call by call, packed and dense."""
     rng = np.random.default_rng(0)
-    first = [GpuMatrix(packed(shape, rng)) for shape in XL]
-    own = [twin(m) for _ in range(BLOCKS) for m in first]
+    first = [both(packed(shape, rng)) for shape in XL]
     dense = [torch.randn(shape, device="cuda", dtype=torch.float16) / 40 for _ in range(BLOCKS) for shape in XL]
-    stacks = {
-        "3.25 bits": Stack([m.matmul for m in own]),
-        "cuBLAS": Stack([lambda x, w=w: nn.functional.linear(x, w) for w in dense]),
-    }
+    stacks = {f"3.25 bits{of}": Stack([twin(m[of]).matmul for _ in range(BLOCKS) for m in first]) for of in first[0]}
+    stacks["cuBLAS"] = Stack([lambda x, w=w: nn.functional.linear(x, w) for w in dense])
     x = torch.randn(1, 1600, device="cuda", dtype=torch.float16)
     for name, stack in stacks.items():
         expected = stack(x)
@@ -133,7 +141,7 @@ def decode(rounds: int) -> None:
         ways = {"graph": graph.replay, "calls": lambda stack=stack: stack(x)}
         times = {way: [milliseconds(work) for _ in range(rounds)] for way, work in ways.items()}
         report = ", ".join(f"{way} {Spread.of(np.array(found[1:]))} ms a token" for way, found in times.items())
-        print(f"  {name:10s} {report}; the graph's result is that of the calls: {same}", flush=True)
+        print(f"  {name:17s} {report}; the graph's result is that of the calls: {same}", flush=True)
 
 
 def main(

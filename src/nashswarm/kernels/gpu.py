@@ -8,6 +8,8 @@ that is 1.0 %.
 
 An item is a run of tiles of one width in one strip, the work of one warp. The last item of a strip to end adds up what
 all have left, in their order: results are the same, bit for bit, from run to run.
+
+On an H100 or H200, matrices of tiles of 16 x 128 have the layout and the kernels of `hopper` in place of all this.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm.kernels import hopper
 from nashswarm.kernels import triton_tiles as kernels
 from nashswarm.kernels.matrix import TILES, WIDTHS, checked_arrays
 from nashswarm.types import InputError, PackedTensor
@@ -36,9 +39,10 @@ WARPS = 4  # of programs that prepare activations or decode
 class GpuMatrix:
     """y = x W^T for x of [..., in], W as `tiles` packed it. Raises InputError for what it or `Matrix` refuses.
 
-    Up to 16 rows: activations of float16 or bfloat16 become one float16 digit each, with a unit for each group of a
-    tile's columns, those of float32 two; products are exact, sums float32. With |x|_t the largest activation in a group
-    t, s_rt the step of row r in its tile, b its width, T groups, u = 2^-24, before y is rounded to x's dtype:
+    Up to 16 rows, with Triton's kernels: activations of float16 or bfloat16 become one float16 digit each, with a unit
+    for each group of a tile's columns, those of float32 two; products are exact, sums float32. With |x|_t the largest
+    activation in a group t, s_rt the step of row r in its tile, b its width, T groups, u = 2^-24, before y is rounded
+    to x's dtype:
 
         |y_r - x w^_r| <= u sum_t s_rt 2^b ((T + 64) sum_{c in t} |x_c| + 8 columns |x|_t)
 
@@ -46,9 +50,18 @@ class GpuMatrix:
     as zeros; what is not finite in x makes outputs not finite wherever its tile's width is above 0. More rows: W is
     decoded to x's dtype and multiplied by torch. Both can be captured in a CUDA graph, after one product of the same
     dtype and number of rows has compiled the kernels.
+
+    With the kernels of `hopper`, x of any of the three dtypes becomes fixed point of 24 bits in each group: an
+    activation is off by up to 2^-23 of the power of two above the group's largest, products of these are exact, sums of
+    groups float32. The bound is the same (8 columns |x|_t now is for what activations are off by, 2 columns |x|_t), as
+    is all else here. Once a matrix is loaded, its products may run on any streams, several at once.
+
+    Arguments: `work`, for Triton's kernels, see WORK. `fastest`: False for Triton's everywhere.
     """
 
-    def __init__(self, packed: PackedTensor, device: torch.device | str = "cuda", work: int = WORK) -> None:
+    def __init__(
+        self, packed: PackedTensor, device: torch.device | str = "cuda", work: int = WORK, fastest: bool = True
+    ) -> None:
         if packed.codec != "tiles":
             raise InputError(f"a matrix of codec {packed.codec}: kernels are for tiles alone")
         if not kernels.AVAILABLE:
@@ -61,8 +74,14 @@ class GpuMatrix:
                 f"tiles of {self._rows} x {self._columns}: the GPU's kernels are for a multiple of 8 rows "
                 f"up to {TALLEST}, and up to {WIDEST} columns"
             )
-        layout = _layout(arrays, self._rows, self._columns, work)
-        self._arrays = {name: torch.from_numpy(array).to(device) for name, array in layout.items()}
+        fits = fastest and (self._rows, self._columns) == (hopper.ROWS, hopper.COLUMNS)
+        self._hopper = hopper.kernels(torch.device(device)) if fits else None
+        if self._hopper:
+            self._arrays = hopper.layout(arrays, self.shape, torch.device(device))
+            torch.cuda.synchronize(device)  # products read codes before what runs ahead of them on a stream has ended
+        else:
+            layout = _layout(arrays, self._rows, self._columns, work)
+            self._arrays = {name: torch.from_numpy(array).to(device) for name, array in layout.items()}
         self.device = self._arrays["codes"].device
 
     @property
@@ -75,7 +94,7 @@ class GpuMatrix:
         return x.device == self.device and x.dtype in DTYPES
 
     def matmul(self, x: Tensor, stages: int = STAGES) -> Tensor:
-        """[..., in] -> [..., out], of x's dtype and on its device, without a gradient. `stages` of loads overlap."""
+        """[..., in] -> [..., out], of x's dtype and on its device, without a gradient. `stages`: of Triton's loads."""
         if x.shape[-1:] != self.shape[1:] or not self.takes(x):
             raise InputError(
                 f"x is {x.dtype}{list(x.shape)} on {x.device}, expected float16, bfloat16 or float32 "
@@ -84,6 +103,8 @@ class GpuMatrix:
         rows = x.detach().reshape(-1, self.shape[1])
         if len(rows) > MOST_ROWS:
             y = rows.index_select(1, self._arrays["order"]) @ self._decode(x.dtype).T
+        elif self._hopper:
+            y = hopper.multiply(self._hopper, self._arrays, self.shape, self._base, rows.contiguous())
         else:
             y = torch.empty(len(rows), self.shape[0], dtype=x.dtype, device=self.device)
             with _current(self.device):
@@ -122,6 +143,9 @@ class GpuMatrix:
 
     def _decode(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], its columns in rounding order."""
+        if self._hopper:
+            made = dtype if dtype in DTYPES else torch.float32
+            return hopper.decode(self._hopper, self._arrays, self.shape, self._base, made).to(dtype)
         own = self._arrays
         dense = torch.zeros(self.shape, dtype=dtype, device=self.device)  # tiles of width 0 are in no item
         with _current(self.device):

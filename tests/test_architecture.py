@@ -44,6 +44,7 @@ TORCH = {
     "kernels.gpu",
     "kernels.matrix",
     "kernels.serving",
+    "kernels.writing",
     "loading",
     "models",
     "peering",

@@ -1,5 +1,5 @@
 // y = W x straight from the packed bytes of the codec `tiles` (its docstring is the format), W never in memory; a row of
-// W; and what stands between the products of a block of GPT-2, so that a token goes through it in one call.
+// W; and what stands between the products of a block of GPT-2, so that a token goes through all blocks in one call.
 //
 // One primitive does all of it: unsigned codes times signed 8-bit digits of x, summed in int32 over one tile, which is
 // exact. x is cut into groups of a tile's columns, in the order in which the format stores them, and each group is
@@ -67,6 +67,12 @@ extern "C" struct Block {
     int32_t width, heads;
     float scale;    // of products of queries and keys
     int32_t exact;  // GELU by erf, else by tanh
+};
+
+// What a block keeps of tokens.
+extern "C" struct Past {
+    float *keys, *values;  // [heads][room][width / heads]
+    int64_t room;
 };
 
 namespace {
@@ -668,11 +674,6 @@ const Kernels &choose(int set, int rows) {
     return portable;
 }
 
-struct Past {
-    float *keys, *values;  // [heads][room][width / heads]
-    int64_t room, tokens;  // of which so many are there
-};
-
 struct How {  // products are made
     int digits, threads, set;
 };
@@ -736,30 +737,30 @@ void plus(const float *other, int count, float *y) {
     for (int i = 0; i < count; i++) y[i] = y[i] + other[i];
 }
 
-// What a block does with one token, whose keys and values join the past.
-void write_token(const Block &b, const float *x, const Past &past, const How &how, float *y) {
-    const int width = b.width, dim = width / b.heads, inner = b.up->out, count = static_cast<int>(past.tokens) + 1;
+// What a block does with one token behind others, y += all that it adds to y.
+void write_token(const Block &b, const Past &past, int tokens, const How &how, float *y) {
+    const int width = b.width, dim = width / b.heads, inner = b.up->out, count = tokens + 1;
     const int padded = (count + LANES - 1) / LANES * LANES;
     const Kernels &own = choose(how.set, LANES);
     std::vector<float> normed(width), asked(3 * static_cast<size_t>(width)), found(width), wide(inner);
     std::vector<float> scores(static_cast<size_t>(b.heads) * padded);
     const auto at = [](const float *bias, int first) { return bias ? bias + first : nullptr; };
 
-    own.norm(b.norms[0], x, width, normed.data());
+    own.norm(b.norms[0], y, width, normed.data());
     multiply(*b.qkv, normed.data(), 1, how, asked.data(), [&](int first, int rows) {
         plus(at(b.qkv_bias, first), rows, asked.data() + first);
     });
     pool().run(b.heads, how.threads, [&](int h) {
         const float *q = asked.data() + h * dim;
         float *keys = past.keys + h * past.room * dim, *values = past.values + h * past.room * dim;
-        std::copy_n(q + width, dim, keys + past.tokens * dim);
-        std::copy_n(q + 2 * width, dim, values + past.tokens * dim);
+        std::copy_n(q + width, dim, keys + static_cast<int64_t>(tokens) * dim);
+        std::copy_n(q + 2 * width, dim, values + static_cast<int64_t>(tokens) * dim);
         float *room = scores.data() + static_cast<int64_t>(h) * padded;
         own.attend(q, keys, values, count, dim, b.scale, room, found.data() + h * dim);
     });
-    multiply(*b.out, found.data(), 1, how, y, [&](int first, int rows) {
-        plus(at(b.out_bias, first), rows, y + first);
-        plus(x + first, rows, y + first);
+    multiply(*b.out, found.data(), 1, how, normed.data(), [&](int first, int rows) {
+        plus(at(b.out_bias, first), rows, normed.data() + first);
+        plus(normed.data() + first, rows, y + first);
     });
     own.norm(b.norms[1], y, width, normed.data());
     multiply(*b.up, normed.data(), 1, how, wide.data(), [&](int first, int rows) {
@@ -796,12 +797,11 @@ void nashswarm_rows(const Matrix *m, const int64_t *numbers, int64_t count, cons
     for (int64_t i = 0; i < count; i++) decode_row(*m, numbers[i], steps, y + i * m->in);
 }
 
-// x float32 [width] -> y float32 [width], apart from x. Keys and values are float32 [heads][room][width / heads], and
-// the token's own become number `past`, which is below room. Returns 0, or 1 for want of memory.
-int nashswarm_write(const Block *b, const float *x, float *keys, float *values, int room, int past, int digits, int threads,
-                    int set, float *y) {
+// y float32 [width], a token, through blocks that follow each other. Of each block's past so many `tokens` are there, and
+// the token's keys and values become the next: tokens is below all rooms. Returns 0, or 1 for want of memory.
+int nashswarm_write(const Block *blocks, const Past *pasts, int count, int tokens, int digits, int threads, int set, float *y) {
     try {
-        write_token(*b, x, {keys, values, room, past}, {digits, threads, set}, y);
+        for (int i = 0; i < count; i++) write_token(blocks[i], pasts[i], tokens, {digits, threads, set}, y);
         return 0;
     } catch (const std::bad_alloc &) {
         return 1;

@@ -1,11 +1,13 @@
-"""Blocks of GPT-2 that write a token in one call of tiles.cpp: norms, attention and GELU run between the products.
+"""GPT-2 that writes a token in one call of tiles.cpp: norms, attention and GELU of all blocks run between the products.
 
-Behind a product the caches are full of codes, and each of some 60 small steps of torch in a block takes ten times as
-long as by itself; in one call they are loops between products, and its threads look out for each other in place of
-sleeping. What is kept of a token goes into room behind the keys and values of those before it, without a copy.
+Behind a product the caches are full of codes, and each of some 60 small steps of torch in a block, and of their Python,
+takes ten times as long as by itself; in one call they are loops between products, and its threads look out for each
+other in place of sleeping. What is kept of a token goes into room behind the keys and values of those before it,
+without a copy.
 
-All else is left to the block's own forward: several tokens or sequences, masks, gradients, training, hooks, parts that
-are not as they were, and caches that are no `DynamicCache`.
+All else is left to the model's own forward: several tokens or sequences, masks, gradients, training, hooks within the
+blocks (transformers leaves some, once a model was asked for attentions or hidden states), parts that are not as they
+were, and caches that are no `DynamicCache`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import ctypes
 import functools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -25,8 +28,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
 
 LEAST_ROOM = 64  # tokens by which a cache grows; it grows by half of what it holds where that is more
-# Arguments of a block that change nothing for one token without a mask.
-WITHOUT_EFFECT = {"use_cache", "position_ids", "encoder_attention_mask"}
+TAKEN = {"past_key_values", "attention_mask", "position_ids", "inputs_embeds", "use_cache"}  # arguments of a forward
 
 
 class _Norm(ctypes.Structure):
@@ -49,31 +51,31 @@ class _Block(ctypes.Structure):
 
 
 def fuse(model: nn.Module, activations: Activations) -> int:
-    """Let the blocks of GPT-2 write a token in one call, where all of their layers multiply by tiles on the processor.
+    """Let GPT-2 write in one call, where all layers of its blocks multiply by tiles on the processor.
 
     Returns how many do. For `accelerate`, which has given the layers their `Matrix`.
     """
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+    from transformers import GPT2Model
 
     count = 0
     for module in model.modules():
-        kind = getattr(module, "alone", type(module))
-        if kind is not GPT2Block:
+        kind = getattr(module, "unfused", type(module))
+        if kind is not GPT2Model:
             continue
-        block: Any = module
-        fits = library() is not None and _fits(block)
-        if fits and type(block) is kind:
-            block.__class__ = _writing(kind)
-        block.writer = Writer(block, activations) if fits else None
+        gpt2: Any = module
+        fits = library() is not None and len(gpt2.h) > 0 and all(map(_fits, gpt2.h))
+        if fits and type(gpt2) is kind:
+            gpt2.__class__ = _writing(kind)
+        gpt2.writer = Writer(gpt2, activations) if fits else None
         count += fits
     return count
 
 
 def _fits(block: Any) -> bool:
     """Whether it is made of what `nashswarm_write` does."""
-    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 
-    if type(block.attn) is not GPT2Attention or type(block.mlp) is not GPT2MLP:
+    if type(block) is not GPT2Block or type(block.attn) is not GPT2Attention or type(block.mlp) is not GPT2MLP:
         return False
     attention, mlp = block.attn, block.mlp
     matrices = [getattr(layer, "kernel", None) for layer in _layers(block)]
@@ -100,82 +102,96 @@ def _exact(activation: nn.Module) -> bool | None:
     return {GELUActivation: True, GELUTanh: False, NewGELUActivation: False}.get(type(activation))
 
 
-def _parts(block: nn.Module) -> list[nn.Module | None]:
-    """The modules that a block's forward calls."""
-    own = block._modules
-    attention, mlp = own["attn"], own["mlp"]
-    assert attention
-    assert mlp
-    return [*own.values(), *attention._modules.values(), *mlp._modules.values()]
-
-
 def _writing(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        *others: Any,
-        **named: Any,
-    ) -> Any:
-        plain = attention_mask is None and encoder_hidden_states is None and not others
-        if plain and self.writer is not None and self.writer.takes(hidden_states, past_key_values, named):
-            return self.writer.write(hidden_states, past_key_values)
-        return kind.forward(
-            self, hidden_states, past_key_values, attention_mask, encoder_hidden_states, *others, **named
-        )
+    """Of the same name, by which transformers knows what outputs of a model can be recorded."""
 
-    return type(f"Writing{kind.__name__}", (kind,), {"forward": forward, "alone": kind})
+    def forward(self: Any, input_ids: Tensor | None = None, *others: Any, **named: Any) -> Any:
+        if self.writer is not None and not others and self.writer.takes(input_ids, named):
+            return self.writer.forward(input_ids, named)
+        return kind.forward(self, input_ids, *others, **named)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "unfused": kind, "__module__": kind.__module__})
 
 
 class Writer:
-    """One block's matrices and vectors, as tiles.cpp takes them."""
+    """The matrices and vectors of a GPT-2's blocks, as tiles.cpp takes them."""
 
-    def __init__(self, block: Any, activations: Activations) -> None:
-        attention = block.attn
-        self._block, self._digits = block, DIGITS[activations]
+    def __init__(self, model: Any, activations: Activations) -> None:
+        attention = model.h[0].attn
+        self._model, self._digits = model, DIGITS[activations]
         self._library: Any = library()
-        self._number, self._heads, self._width = attention.layer_idx, attention.num_heads, attention.embed_dim
-        self._parts = _parts(block)
+        self._heads, self._width = attention.num_heads, attention.embed_dim
+        self._parts = _parts(model)
         self._kinds = [type(part) for part in self._parts]
-        self._matrices = [layer.kernel for layer in _layers(block)]
+        self._matrices = [[layer.kernel for layer in _layers(block)] for block in model.h]
         self._seen: list[Any] = []
-        self._layout = _Block(
-            *(ctypes.pointer(matrix.layout) for matrix in self._matrices),
-            width=self._width,
-            heads=self._heads,
-            scale=attention.scaling,
-            exact=bool(_exact(block.mlp.act)),
+        self._blocks = (_Block * len(model.h))(
+            *(
+                _Block(
+                    *(ctypes.pointer(matrix.layout) for matrix in matrices),
+                    width=self._width,
+                    heads=self._heads,
+                    scale=block.attn.scaling,
+                    exact=bool(_exact(block.mlp.act)),
+                )
+                for block, matrices in zip(model.h, self._matrices, strict=True)
+            )
         )
 
-    def takes(self, x: Tensor, cache: Any, named: dict[str, Any]) -> bool:
-        """Whether a forward with these arguments, and no mask, is `write`."""
-        return (
-            x.shape == (1, 1, self._width)
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
+    def takes(self, input_ids: Tensor | None, named: dict[str, Any]) -> bool:
+        """Whether a forward with these arguments is this one's: one token behind others, nothing masked, no more."""
+        config, embeddings = self._model.config, named.get("inputs_embeds")
+        positions, mask, use_cache = (named.get(key) for key in ("position_ids", "attention_mask", "use_cache"))
+        cache: Any = named.get("past_key_values")
+        if (input_ids is None) is (embeddings is None):
+            return False
+        given = embeddings if input_ids is None else input_ids
+        assert given is not None
+        return bool(
+            given.shape[:2] == (1, 1)
+            and given.device.type == "cpu"
+            and given.dim() == (3 if input_ids is None else 2)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not any(value is not None for name, value in named.items() if name not in WITHOUT_EFFECT)
-            and self._as_it_was()
+            and all(value is None or value is False for name, value in named.items() if name not in TAKEN)
+            and (config.use_cache if use_cache is None else use_cache)
+            and config.return_dict
+            and not config.output_attentions
+            and not config.output_hidden_states
+            and config._attn_implementation in ("sdpa", "eager")
+            and (positions is None or positions.shape == (1, 1))
             and self._holds(cache)
+            and (mask is None or (mask.shape == (1, cache.get_seq_length() + 1) and bool(mask.all())))
+            and self._as_it_was()
         )
 
+    def forward(self, input_ids: Tensor | None, named: dict[str, Any]) -> Any:
+        """What the model's own forward returns, and leaves in the cache."""
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        model, cache, positions = self._model, named["past_key_values"], named.get("position_ids")
+        if positions is None:
+            positions = torch.tensor([[cache.get_seq_length()]])
+        if input_ids is not None:
+            model.warn_if_padding_and_no_attention_mask(input_ids, named.get("attention_mask"))
+        found = named["inputs_embeds"] if input_ids is None else model.wte(input_ids)
+        found = model.ln_f(self.write(found + model.wpe(positions), cache))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=found, past_key_values=cache)
+
     def write(self, x: Tensor, cache: Any, threads: int | None = None, most: Set = "avx512") -> Tensor:
-        """What the block's own forward returns, and leaves in the cache; the last two as in `Matrix.matmul`."""
-        layer = cache.layers[self._number]
-        if type(layer) is not _growing():
-            layer = cache.layers[self._number] = _growing()(layer)
-        keys, values = layer.space()
-        x, y = x.contiguous(), torch.empty(1, 1, self._width)
+        """x [1, 1, width] through all blocks; the last two arguments are those of `Matrix.matmul`."""
+        tokens, layers = cache.get_seq_length(), cache.layers
+        for i, layer in enumerate(layers):
+            if type(layer) is not _growing():
+                layers[i] = _growing()(layer)
+        rooms = [layer.space() for layer in layers]
+        pasts = np.array([[keys.data_ptr(), values.data_ptr(), keys.shape[2]] for keys, values in rooms], np.int64)
+        y = x.to(torch.float32, copy=True).contiguous()
         failed = self._library.nashswarm_write(
-            ctypes.byref(self._layout),
-            ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(keys.data_ptr()),
-            ctypes.c_void_p(values.data_ptr()),
-            keys.shape[2],
-            layer.keys.shape[2],
+            self._blocks,
+            ctypes.c_void_p(pasts.ctypes.data),
+            len(layers),
+            tokens,
             self._digits,
             max(1, threads or torch.get_num_threads()),
             SETS.index(most),
@@ -183,34 +199,27 @@ class Writer:
         )
         if failed:
             raise MemoryError(f"no memory for a token of {self._width}")
-        layer.grow()
+        for layer in layers:
+            layer.grow()
         return y
 
     def _holds(self, cache: Any) -> bool:
-        """Whether a cache has tokens of one sequence for this block, as it keeps them itself."""
-        plain, layers = _plain(), getattr(cache, "layers", ())
-        if type(cache) is not plain[0] or cache.offloading or self._number >= len(layers):
+        """Whether a cache has tokens of one sequence for all blocks, as it keeps them itself."""
+        dynamic, plain = _plain()
+        if type(cache) is not dynamic or cache.offloading or len(cache.layers) != len(self._blocks):
             return False
-        layer = layers[self._number]
-        if type(layer) not in (plain[1], _growing()) or not layer.is_initialized:
+        if any(type(layer) not in (plain, _growing()) or not layer.is_initialized for layer in cache.layers):
             return False
-        keys, values = layer.keys, layer.values
-        return (
-            keys.dim() == 4
-            and keys.shape == values.shape
-            and keys.shape[:2] == (1, self._heads)
-            and keys.shape[3] * self._heads == self._width
-            and keys.dtype is values.dtype is torch.float32
-            and keys.device.type == values.device.type == "cpu"
-        )
+        shape = (1, self._heads, cache.get_seq_length(), self._width // self._heads)
+        kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        return all(t.shape == shape and t.dtype is torch.float32 and t.device.type == "cpu" for t in kept)
 
     def _as_it_was(self) -> bool:
-        """Whether the block's parts are those it was made with, and no hook is among them."""
-        parts = _parts(self._block)
+        """Whether the blocks' parts are those it was made with, and no hook is among them."""
+        parts = _parts(self._model)
         return (
             parts == self._parts
             and [type(part) for part in parts] == self._kinds
-            and self._block.attn.config._attn_implementation in ("sdpa", "eager")
             and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
             and not any(_overheard(part.__dict__) for part in parts)
             and self._vectors_fit()
@@ -218,26 +227,39 @@ class Writer:
 
     def _vectors_fit(self) -> bool:
         """Whether norms and biases can be used where they lie now, which may not be where they lay before."""
-        norms = [part._parameters for part in (self._block.ln_1, self._block.ln_2)]
-        found = [norm[name] for norm in norms for name in ("weight", "bias")]
-        found += [part._parameters["bias"] for part in _layers(self._block)]
+        found = [vector for block in self._model.h for vector in _vectors(block)]
         seen = [v if v is None else (v.data_ptr(), v.dtype, v.shape) for v in found]
         if seen == self._seen:
             return True
         self._seen = []
-        lengths = [self._width] * 4 + [matrix.shape[0] for matrix in self._matrices]
-        for vector, length in zip(found, lengths, strict=True):
-            if vector is not None and not _usable(vector, length):
+        for layout, block, matrices in zip(self._blocks, self._model.h, self._matrices, strict=True):
+            vectors = _vectors(block)
+            lengths = [self._width] * 4 + [matrix.shape[0] for matrix in matrices]
+            if None in [v if v is None else 0 for v in vectors[:4]]:
                 return False
-        if None in seen[:4]:
-            return False
-        places = [None if vector is None else vector.data_ptr() for vector in found]
-        for norm, at, module in zip(self._layout.norms, (0, 2), (self._block.ln_1, self._block.ln_2), strict=True):
-            norm.weight, norm.bias, norm.epsilon = places[at], places[at + 1], module.eps
-        for name, place in zip(("qkv_bias", "out_bias", "up_bias", "down_bias"), places[4:], strict=True):
-            setattr(self._layout, name, place)
+            if not all(v is None or _usable(v, length) for v, length in zip(vectors, lengths, strict=True)):
+                return False
+            places = [None if v is None else v.data_ptr() for v in vectors]
+            layout.norms[0] = _Norm(*places[:2], block.ln_1.eps)
+            layout.norms[1] = _Norm(*places[2:4], block.ln_2.eps)
+            layout.qkv_bias, layout.out_bias, layout.up_bias, layout.down_bias = places[4:]
         self._seen = seen
         return True
+
+
+def _parts(model: Any) -> list[Any]:
+    """The modules between a model's embeddings and its last norm."""
+    parts = [model.drop, model.h]
+    for block in model.h:
+        own = block._modules
+        parts += [block, *own.values(), *own["attn"]._modules.values(), *own["mlp"]._modules.values()]
+    return parts
+
+
+def _vectors(block: Any) -> list[Tensor | None]:
+    """Weights and biases of its norms, then the biases of its layers."""
+    norms = [part._parameters[name] for part in (block.ln_1, block.ln_2) for name in ("weight", "bias")]
+    return norms + [part._parameters["bias"] for part in _layers(block)]
 
 
 def _overheard(state: dict[str, Any]) -> bool:

@@ -47,6 +47,7 @@ TORCH = {
     "kernels.hopper",
     "kernels.matrix",
     "kernels.serving",
+    "kernels.writing",
     "loading",
     "models",
     "peering",

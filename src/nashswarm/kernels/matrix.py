@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm import clipped
 from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.config import load_room
 from nashswarm.kernels.build import library
@@ -31,10 +32,11 @@ MOST_ROWS = 8  # of activations in one pass over the matrix
 # without decoding a row takes 0.33 ms (float32) or 0.15 ms (int8), in passes of 8 (2 threads).
 DECODED_ABOVE = 2048
 MOST_GROUPS = 2**16 - 1  # of columns: 16 bits name them
+MOST_EIGHTHS = 255 + 15  # steps that a tile's byte and a row's nibble can name
 ALIGNMENT = 64  # bytes: a line of the cache, and a vector
 
 
-class _Layout(ctypes.Structure):
+class Layout(ctypes.Structure):
     """`Matrix` of tiles.cpp."""
 
     _fields_ = (
@@ -70,7 +72,9 @@ class Matrix:
         pointers = {name: array.ctypes.data for name, array in self._arrays.items()}
         out, columns_in = packed.shape
         sides = {name: packed.scalars[name] for name in ("rows", "columns", "base")}
-        self._layout = _Layout(**pointers, out=out, columns_in=columns_in, **sides)
+        self.layout = Layout(**pointers, out=out, columns_in=columns_in, **sides)
+        with np.errstate(over="ignore"):  # of steps that no tile has
+            self._steps = clipped.step(packed.scalars["base"] + np.arange(MOST_EIGHTHS))
 
     @property
     def nbytes(self) -> int:
@@ -129,13 +133,27 @@ class Matrix:
         least, most = int(numbers.min()), int(numbers.max())
         if least < 0 or most >= self.shape[0]:
             raise IndexError(f"rows {least}..{most} of a matrix that has {self.shape[0]}")
-        strips, places = torch.unique(numbers // self._layout.rows, return_inverse=True)
+        if self._library is not None:
+            return self._decoded(numbers.to(torch.int64).contiguous())
+        strips, places = torch.unique(numbers // self.layout.rows, return_inverse=True)
         weight: Tensor = TILES.decode(self._part(strips.numpy()))
-        return weight[places * self._layout.rows + numbers % self._layout.rows]
+        return weight[places * self.layout.rows + numbers % self.layout.rows]
+
+    def _decoded(self, numbers: Tensor) -> Tensor:
+        assert self._library is not None
+        found = torch.empty(*numbers.shape, self.shape[1])
+        self._library.nashswarm_rows(
+            ctypes.byref(self.layout),
+            ctypes.c_void_p(numbers.data_ptr()),
+            ctypes.c_int64(numbers.numel()),
+            ctypes.c_void_p(self._steps.ctypes.data),
+            ctypes.c_void_p(found.data_ptr()),
+        )
+        return found
 
     def _part(self, strips: np.ndarray) -> PackedTensor:
         """Some strips, padded rows included, as a matrix of their own, of their own parts of the arrays."""
-        rows, columns, arrays = self._layout.rows, self._layout.columns, self._arrays
+        rows, columns, arrays = self.layout.rows, self.layout.columns, self._arrays
         counts, pair = arrays["counts"][strips].astype(np.int64), (rows + 1) // 2
         starts, firsts = arrays["code_starts"][strips], arrays["tile_starts"][strips]
         ends, lasts = starts + counts @ (rows * columns * WIDTHS // 8), firsts + counts[:, 1:].sum(1)
@@ -155,7 +173,7 @@ class Matrix:
     def _multiply(self, x: Tensor, digits: int, threads: int | None, most: Set, y: Tensor) -> None:
         assert self._library is not None
         failed = self._library.nashswarm_multiply(
-            ctypes.byref(self._layout),
+            ctypes.byref(self.layout),
             ctypes.c_void_p(x.data_ptr()),
             len(x),
             digits,
@@ -182,7 +200,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 
 def checked_arrays(packed: PackedTensor) -> dict[str, np.ndarray]:
-    """By name in `_Layout`. Raises InputError."""
+    """By name in `Layout`. Raises InputError."""
     rows, columns = _sides(packed)
     strips, groups = -(-packed.shape[0] // rows), -(-packed.shape[1] // columns)
     index, order = _map(packed, strips, groups)

@@ -3,7 +3,7 @@
 With up to 8 rows of activations (tokens times batch), as in writing token by token, a layer's time is that of reading
 its matrix, and a packed one is a tenth of a float32 one. More rows go over the matrix 8 at a time, and are bound by
 arithmetic; with thousands, decoding once and multiplying with torch is faster. On a GPU that begins above 16 rows, and
-decoding is done there.
+decoding is done there. Where one token is written, GPT-2's blocks do it in one call each (`writing`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nashswarm import loading
 from nashswarm.kernels.gpu import GpuMatrix
 from nashswarm.kernels.matrix import Activations, Matrix, aligned
+from nashswarm.kernels.writing import fuse
 from nashswarm.resident import PackedWeight
 from nashswarm.types import PackedTensor
 
@@ -44,7 +45,8 @@ def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
     `Matrix.takes` and needs no gradient, and decode for all else; logits then differ from the decoded model's as
     `Matrix` says. An Embedding decodes the rows that it looks up. Where a packed weight lies on a GPU, any number of
     rows there, of any `activations`, takes a `GpuMatrix`; the file's bytes go back to the processor, so that the GPU
-    holds a matrix once. May be called again, once the model was moved.
+    holds a matrix once. Blocks whose layers all multiply on the processor write single tokens as `writing` says. May be
+    called again, once the model was moved.
     """
     made: dict[PackedWeight, tuple[Matrix, Matrix | GpuMatrix]] = {}
     layers = [m for m in model.modules() if _takes_part(m)]
@@ -60,6 +62,7 @@ def accelerate(model: nn.Module, activations: Activations = "float32") -> int:
         module.__class__ = _looking_up(kind) if looks_up else _multiplying(kind)
         module.kernel = made[weight][0 if looks_up else 1]  # type: ignore[assignment]
         module.options = (activations,) if isinstance(module.kernel, Matrix) else ()  # type: ignore[assignment]
+    fuse(model, activations)
     return len(layers)
 
 

@@ -3,7 +3,7 @@
 With up to 8 rows of activations (tokens times batch), as in writing token by token, a layer's time is that of reading
 its matrix, and a packed one is a tenth of a float32 one. More rows go over the matrix 8 at a time, and are bound by
 arithmetic; with thousands, decoding once and multiplying with torch is faster. On a GPU that begins above 16 rows, and
-decoding is done there. Where one token is written, GPT-2's blocks do it in one call each (`writing`).
+decoding is done there. Where one token is written, GPT-2's blocks do it in one call (`writing`).
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from nashswarm import __version__, threads
 from nashswarm.artifacts import Layout, check_code, write_json
 from nashswarm.config import Params, load_params
 from nashswarm.console import progress
+from nashswarm.processes import die_with_parent
 from nashswarm.types import NashSwarmError
 
 __all__ = ["LAYOUT", "progress", "run", "set_threads"]
@@ -27,8 +26,7 @@ def run(stage: Callable[..., None], *, reads_params: bool = True) -> None:
     """Call a stage with the command line's words; errors of ours end it with one line and exit code 2."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nashswarm").setLevel(logging.INFO)  # the HTTP client has a line for each request, too
-    if sys.platform == "linux":  # 1 is PR_SET_PDEATHSIG: a killed `dvc repro` leaves no stage that writes on
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    die_with_parent()  # which is `dvc repro`
     started = time.perf_counter()
     try:
         check_code(LAYOUT, Path(sys.argv[0]).stem)

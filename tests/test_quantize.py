@@ -401,6 +401,16 @@ def test_what_cannot_be_spent_is_said_once(larger: Model, caplog: pytest.LogCapt
     assert sum("that is all there is to buy" in r.message for r in caplog.records) == 1
 
 
+def test_what_cannot_be_spent_is_packed_once(larger: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nashswarm")
+    allocation = quantize.allocate(larger, coded(40.0), no_progress)
+    asked = allocation.asked_bytes or 0
+    assert 0 < (allocation.bought_bytes or 0) < 0.9 * asked
+    quantize.pack(larger, coded(40.0, 1024), allocation, calibration(), tmp_path / "p", no_progress)
+    assert rounds_of(caplog) == []
+    assert file_bytes(tmp_path / "p") == pytest.approx(allocation.bought_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize("budget", [0.01, 0.1])
 def test_a_budget_below_the_coarsest_options_is_named(budget: float, larger: Model) -> None:
     with pytest.raises(NashSwarmError, match=r"^methods\.mine\.budget: the coarsest options take .* raise the budget"):

@@ -188,7 +188,7 @@ def _draw_difference(axes: Any, row: Row, place: float) -> None:
         axes.annotate("not resolved", (end, place), fontsize=8.5, color=colour, **place_)
 
 
-KINDS = (  # colour and marker of each kind of matrix, in their order; colours of Okabe and Ito, darkened
+STYLES = (  # colour and marker of each kind of matrix, in their order; colours of Okabe and Ito, darkened
     *(("#0b6e63", "o"), ("#b5482f", "s"), ("#5b4b9a", "D"), ("#3f8fd2", "^"), ("#b87a14", "P"), ("#3d3d3d", "X")),
     *(("#a8508a", "v"), ("#6a994e", "<"), ("#a07855", ">"), ("#6b7280", "*"), ("#77a6a0", "h")),
 )
@@ -201,7 +201,7 @@ def demand(whole: Mapping[str, Curve], kinds: Mapping[str, Curve], codec: str, d
     """
     panels = [("whole file", {FAMILIES[family(name)]: points for name, points in whole.items()})]
     if kinds:
-        styles = itertools.cycle(KINDS)
+        styles = itertools.cycle(STYLES)
         panels.append((f"{codec}, by kind of matrix", {(k, *next(styles)): points for k, points in kinds.items()}))
     canvas = _canvas(2.7 * len(panels) + 0.5, dpi)
     found = canvas.figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=[2, 3][: len(panels)])
@@ -253,7 +253,7 @@ def paces(found: Sequence[Pace], dpi: int) -> bytes:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     names = list(dict.fromkeys(p.name for p in found if not p.limit))
-    styles = dict(zip(names, itertools.cycle(KINDS), strict=False))
+    styles = dict(zip(names, itertools.cycle(STYLES), strict=False))
     groups = list(dict.fromkeys(p.group for p in found))
     band = len(names) + 2.0
     legend = 0.2 * -(-(len(names) + 1) // 2)
@@ -298,7 +298,7 @@ def growth(panels: Mapping[str, Mapping[str, Curve]], dpi: int) -> bytes:
     canvas = _canvas(2.5 * len(panels) + 0.6, dpi)
     found = canvas.figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (label, curves) in zip(found, panels.items(), strict=True):
-        for (name, points), (colour, marker) in zip(curves.items(), itertools.cycle(KINDS), strict=False):
+        for (name, points), (colour, marker) in zip(curves.items(), itertools.cycle(STYLES), strict=False):
             axes.plot(
                 *zip(*points, strict=True), color=colour, marker=marker, markersize=5.5, linewidth=1.3, label=name
             )

@@ -26,8 +26,8 @@ from nashswarm import artifacts
 from nashswarm.artifacts import PeerRecord
 from nashswarm.config import Peer, load_room, parse_peer
 from nashswarm.models import Checkpoint
+from nashswarm.processes import die_with_parent
 from nashswarm.recipes import TABLES, peer_document
-from nashswarm.tooling import die_with_parent
 from nashswarm.types import Choice, Job, NashSwarmError, PeerJob, PeerWeights, Statistics
 
 PYTHON = "NASHSWARM_PEERS_PYTHON"  # the environment variable that names another interpreter

@@ -85,7 +85,7 @@ def scoring_need(index: ModelIndex, scoring: Scoring, seconds: float = 0.0) -> N
     inputs, outputs = ([shape[i] for shape in (t.shape for t in _worst_layer(index))] for i in (1, 0))
     batch, context = scoring.batch_tokens, index.calibration_window
     batch = max(batch, context)
-    head = 5 * 4 * batch * index.vocabulary
+    head = 3 * 4 * batch * index.vocabulary  # logits, probabilities, and numbers drawn for labels
     sums = 8 * sum(i * i + o * o for i, o in zip(inputs, outputs, strict=True)) + 12 * max(map(_square, inputs))
     block = sums + 8 * batch * sum(map(sum, zip(inputs, outputs, strict=True)))
     hidden = 4 * scoring.tokens * width

@@ -207,6 +207,7 @@ def pack(
     """
     missed = misses(journal)
     tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
+    all_bought = asked is not None and 0 < (allocation.bought_bytes or 0) < (1 - SLACK) * asked  # no more was for sale
     reserve, response, before = 0.0, 1.0, (0.0, 0.0)  # `response`: bytes that one byte of reserve saves
     fitting: list[tuple[int, float]] = []  # bytes packed, and with which reserve
     for number in range(PACKING_ROUNDS):
@@ -220,7 +221,9 @@ def pack(
                 course = Course(walk, allocation, reserve=reserve)
                 _write(model, method, allocation, directory, course, progress, Finished(journal, number), engine)
             bought = packed.file_bytes(directory)
-            if asked is None or not course.sizes or 0 <= asked - bought <= SLACK * ease * asked:
+            if asked is None or not course.sizes:
+                break
+            if bought <= asked and (all_bought or asked - bought <= SLACK * ease * asked):
                 break
             again = number < PACKING_ROUNDS - 1
             logger.info("%d bytes packed, %d asked%s", bought, asked, ": once more" if again else "")

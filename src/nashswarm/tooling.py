@@ -5,10 +5,7 @@ Needs torch and transformers of the peers' environment; nothing here imports a p
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nashswarm.bitpack import unpack
+from nashswarm.processes import die_with_parent
 from nashswarm.types import InputError, PeerJob
 
 if TYPE_CHECKING:
@@ -118,12 +116,6 @@ def read_gptq(
         stored |= {f"{module}.{end}": array for end, array in own.items()}
         matrices[name] = gptq_weight(Packed(**own), bits, zero_offset)
     return matrices, stored_parts(stored, GPTQ_PARTS)
-
-
-def die_with_parent() -> None:
-    """Make this process end when the one that started it does (Linux), so that no tool writes on by itself."""
-    if sys.platform == "linux":  # 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def call(*words: str | Path) -> str:

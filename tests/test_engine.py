@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,26 @@ def test_results_come_in_order_and_few_tasks_are_ahead(at_once: bool, engine: Ra
         results = one.map(slow_square, one.share(object), items, at_once)
         for number, (square, _) in enumerate(results):
             assert square == number * number
-            assert len(taken) - number <= max(AHEAD * one.slots, 4)
+            running = one.slots * (one.threads if at_once else 1)
+            assert len(taken) - number <= max(AHEAD * running, 4)
+
+
+def threads_here(_: object, number: int) -> tuple[int, int]:
+    return number, torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("at_once", "threads"), [(False, CORES), (True, 1)])
+def test_tasks_at_once_compute_with_one_thread(at_once: bool, threads: int, cluster: Any) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    try:
+        for one in (Ray(Compute(CORES, "ray", cluster.address)), Local(CORES)):
+            found = list(one.map(threads_here, one.share(object), [(n,) for n in range(5)], at_once))
+            assert found == [(n, threads) for n in range(5)]
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == CORES
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_both_nodes_work(cluster: Any, tmp_path: Path) -> None:

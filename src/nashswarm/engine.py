@@ -18,7 +18,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nashswarm.config import Compute
 from nashswarm.devices import resolve
-from nashswarm.threads import set_threads, wait_asleep
+from nashswarm.threads import set_threads, single_threads, wait_asleep
 from nashswarm.types import NashSwarmError
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class Engine(Protocol):
     ) -> Iterator[Any]:
         """function(shared, *item) for every item, in order.
 
-        Arguments: `at_once`, for tasks which are numpy for the most part, which uses one core: in this process, too, as
-        many of them run at the same time as there are threads. `ahead`, how many for each slot may be under way on a
-        cluster: with few, a long task holds up all that are to come behind it; with many, more results wait.
+        Arguments: `at_once`, for tasks which are numba for the most part, which uses one core: each computes with one
+        thread, and as many of them run at the same time as there are threads. `ahead`, how many for each that runs may
+        be under way on a cluster: with few, a long task holds up all that come behind it; with many, more results wait.
         """
 
 
@@ -106,7 +106,7 @@ class Local:
             yield from (function(shared.made, *item) for item in items)
             return
         under_way: deque[Future[Any]] = deque()
-        with ThreadPoolExecutor(self.threads) as pool:
+        with single_threads(self.threads) as pool:
             for item in items:
                 under_way.append(pool.submit(function, shared.made, *item))
                 if len(under_way) > self.threads:
@@ -181,12 +181,14 @@ class Ray:
         ahead: int = AHEAD,
     ) -> Iterator[Any]:
         """As `Engine.map`."""
-        options = {"num_cpus": self.threads, "num_gpus": shared.gpus, "max_retries": RETRIES}
+        threads, directory = self.place
+        threads, slots = (1, threads * self.slots) if at_once else (threads, self.slots)
+        options = {"num_cpus": threads, "num_gpus": shared.gpus, "max_retries": RETRIES}
         call = self.ray.remote(**options)(_task).options(name=function.__name__)
         under_way: deque[Any] = deque()
         for item in items:
-            under_way.append(call.remote(self.place, shared, function, *item))
-            if len(under_way) >= ahead * self.slots:
+            under_way.append(call.remote((threads, directory), shared, function, *item))
+            if len(under_way) >= ahead * slots:
                 yield self.get(under_way.popleft())
         while under_way:
             yield self.get(under_way.popleft())
@@ -210,15 +212,16 @@ class _Shared:
     gpus: int  # of each task
 
 
-_made: dict[str, Any] = {}  # of this worker: what was shared last
+_made: dict[tuple[str, int], Any] = {}  # of this worker: what was shared last, and for how many threads
 
 
 def _task(place: tuple[int, str], shared: _Shared, function: Callable[..., Any], *arguments: Any) -> Any:
-    if shared.key not in _made:
+    key = shared.key, place[0]
+    if key not in _made:
         _prepare(*place)
         _made.clear()  # what earlier tasks had in common is not needed again
-        _made[shared.key] = _import_ray().get(shared.make)()
-    return function(_made[shared.key], *arguments)
+        _made[key] = _import_ray().get(shared.make)()
+    return function(_made[key], *arguments)
 
 
 def _prepare(threads: int, directory: str) -> None:

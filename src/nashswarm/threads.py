@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 # What a model's layers take from libraries of vector mathematics.
 FIRST_CALLS = ("exp", "log", "tanh", "erf", "sigmoid", "sin", "cos", "rsqrt")
@@ -33,3 +36,15 @@ def set_threads(count: int) -> None:
     for function in FIRST_CALLS:
         getattr(torch, function)(torch.ones(64))
     torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+@contextmanager
+def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads for Python, each of which lets torch compute with one."""
+    import torch
+
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(torch.get_num_threads())  # new threads start with what was set last

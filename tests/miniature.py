@@ -101,8 +101,9 @@ def of_method(method: str) -> list[str]:
 
 
 def copy_code(target: Path) -> None:
+    """With what numba has compiled of it, since that takes longer than most of what is run here."""
     for name in ("src", "stages"):
-        shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PROJECT / name, target / name, ignore=shutil.ignore_patterns("*.pyc*", "*.tmp.*"))
     (target / ".dvc").mkdir()
     for name in ("dvc.yaml", "constraints.txt", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
         if (PROJECT / name).is_file():

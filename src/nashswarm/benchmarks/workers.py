@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nashswarm.engine import Engine, Local, Ray
 from nashswarm.threads import set_threads
 
 SHAPE = Shape(2, 768, 12, 4096)
+DEEP = replace(SHAPE, layers=12)  # where two blocks are packed too soon to tell
 SCORED = 4 * BATCH  # tokens
 EVALUATED = (4 * BATCH, 32 * BATCH)  # tokens: each worker loads and decodes the model once, whatever they are
 PREFIX = 16384  # two passes: one for each worker
@@ -38,8 +40,12 @@ def compare(rounds: int, methods: tuple[str, ...] = ("gptq4-g128", "market-coded
     """Rows of stages: seconds of both, and local's over Ray's, round by round. And seconds of a task of nothing."""
     set_threads(2)
     with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, _cluster() as ray:
-        stages, root = _stages(Path(scratch), methods), Path(scratch)
+        root, deep = Path(scratch) / "shallow", Path(scratch) / "deep"
         write_model(root / "model", SHAPE)
+        write_model(deep / "model", DEEP)
+        _score(deep, BATCH, Local(2))
+        quick = f"pack {methods[0]}, {DEEP.layers} blocks"
+        stages = {**_stages(root, methods), quick: partial(_pack, deep, methods[0])}
         found = []
         for name, stage in stages.items():
             engines: dict[str, Engine] = {"local": Local(2), "ray": ray}
@@ -71,13 +77,13 @@ def _stages(root: Path, methods: tuple[str, ...]) -> dict[str, Callable[[Engine]
     """Each needs those before it to have run once."""
     packing = {f"pack {name}": partial(_pack, root, name) for name in methods}
     evaluating = {f"evaluate {tokens} tokens": partial(_evaluate, root, methods[0], tokens) for tokens in EVALUATED}
-    return {f"score {SCORED} tokens": partial(_score, root), **packing, **evaluating}
+    return {f"score {SCORED} tokens": partial(_score, root, SCORED), **packing, **evaluating}
 
 
-def _score(root: Path, engine: Engine) -> None:
+def _score(root: Path, tokens: int, engine: Engine) -> None:
     index = models.describe(root / "model")
-    load, ids = partial(models.load_streamed, root / "model", index), random_text(index, SCORED)
-    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=SCORED), quiet, None, engine):
+    load, ids = partial(models.load_streamed, root / "model", index), random_text(index, tokens)
+    for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=tokens), quiet, None, engine):
         artifacts.write_statistics(root, tensor.name, found)
 
 

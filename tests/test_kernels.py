@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,16 @@ def test_a_forked_process_computes_alone() -> None:
     if child == 0:
         os._exit(0 if torch.equal(made.matmul(x, threads=2), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@needs_kernels
+def test_threads_that_fell_asleep_are_called_up() -> None:
+    """Behind pauses about as long as threads look out: some sleep, some are about to."""
+    made, x = Matrix(random_packed((512, 512))), activations_of("normal", 1, 512, 0)
+    expected = made.matmul(x, threads=1)
+    for turn in range(300):
+        time.sleep(turn % 7 * 5e-5)
+        assert torch.equal(made.matmul(x, threads=4), expected)
 
 
 @needs_kernels

@@ -113,15 +113,15 @@ class Matrix:
             raise InputError(f"x is {list(x.shape)} on {x.device}, expected [..., {self.shape[1]}] on the processor")
         if activations not in DIGITS:
             raise InputError(f"activations: {activations!r}; choose {' or '.join(map(repr, DIGITS))}")
-        rows = x.detach().reshape(-1, self.shape[1]).to(torch.float32).contiguous()
+        # Few calls of torch: behind a product, which leaves the caches full of codes, each takes many times as long.
+        rows = x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
         if self._library is None:
             weight: Tensor = TILES.decode(self.packed)
-            y = rows @ weight.T
+            y = rows.detach() @ weight.T
         else:
-            y = torch.empty(len(rows), self.shape[0])
-            for i in range(0, len(rows), MOST_ROWS):
-                self._multiply(rows[i : i + MOST_ROWS], DIGITS[activations], threads, most, y[i : i + MOST_ROWS])
-        return y.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+            y = torch.empty(*x.shape[:-1], self.shape[0])
+            self._multiply(rows, DIGITS[activations], threads or torch.get_num_threads(), most, y)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """W[numbers]: int64 [...] -> float32 [..., in]; only the strips of tiles that hold these rows are decoded.
@@ -170,19 +170,22 @@ class Matrix:
         }
         return PackedTensor("tiles", (len(strips) * rows, self.shape[1]), parts, self.packed.scalars)
 
-    def _multiply(self, x: Tensor, digits: int, threads: int | None, most: Set, y: Tensor) -> None:
+    def _multiply(self, x: Tensor, digits: int, threads: int, most: Set, y: Tensor) -> None:
         assert self._library is not None
-        failed = self._library.nashswarm_multiply(
-            ctypes.byref(self.layout),
-            ctypes.c_void_p(x.data_ptr()),
-            len(x),
-            digits,
-            max(1, threads or torch.get_num_threads()),
-            SETS.index(most),
-            ctypes.c_void_p(y.data_ptr()),
-        )
-        if failed:
-            raise MemoryError(f"no memory for the activations of {len(x)} rows of {self.shape[1]}")
+        out, width = self.shape
+        count, first, first_out, layout = x.numel() // width, x.data_ptr(), y.data_ptr(), ctypes.byref(self.layout)
+        for i in range(0, count, MOST_ROWS):
+            failed = self._library.nashswarm_multiply(
+                layout,
+                ctypes.c_void_p(first + 4 * i * width),
+                min(MOST_ROWS, count - i),
+                digits,
+                threads,
+                SETS.index(most),
+                ctypes.c_void_p(first_out + 4 * i * out),
+            )
+            if failed:
+                raise MemoryError(f"no memory for the activations of {count} rows of {width}")
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

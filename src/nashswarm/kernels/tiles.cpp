@@ -109,6 +109,13 @@ inline void pause() {
 
 class Pool {
   public:
+    // Have helpers that sleep look out: waking one takes as long as much of a product.
+    void call_up() {
+        if (asleep_ == 0) return;
+        calls_++;
+        notify();
+    }
+
     // work(i) for i in 0..count - 1, on at most `threads` threads, this one among them.
     void run(int count, int threads, const std::function<void(int)> &work) {
         std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
@@ -119,10 +126,7 @@ class Pool {
         hire(std::min(threads - 1, MOST_HELPERS));
         work_ = &work, count_ = count, next_ = 0;
         state_ = ((state_ >> 32) + 1) << 32 | static_cast<uint64_t>(std::min(threads - 1, MOST_HELPERS)) << 16;
-        if (asleep_ > 0) {
-            { std::lock_guard<std::mutex> lock(mutex_); }  // who counts as asleep has looked, or will see the new state
-            wake_.notify_all();
-        }
+        if (asleep_ > 0) notify();
         take(work, count);
         state_ &= ~PLACES;  // who has not begun by now, need not: after a fork there is nobody who could
         for (int looks = 0; state_ & ACTIVE; looks++) looks < 1000 ? pause() : std::this_thread::yield();
@@ -144,6 +148,11 @@ class Pool {
         }
     }
 
+    void notify() {
+        { std::lock_guard<std::mutex> lock(mutex_); }  // who counts as asleep has looked, or will see what is new
+        wake_.notify_all();
+    }
+
     void take(const std::function<void(int)> &work, int count) {
         for (int i; (i = next_.fetch_add(1)) < count;) work(i);
     }
@@ -154,15 +163,18 @@ class Pool {
     }
 
     void await(uint64_t seen) {
-        const auto until = std::chrono::steady_clock::now() + LOOK_OUT;
-        do {
-            for (int i = 0; i < 32; i++, pause())
-                if (open(seen)) return;
-        } while (std::chrono::steady_clock::now() < until);
-        std::unique_lock<std::mutex> lock(mutex_);
-        asleep_++;
-        wake_.wait(lock, [&] { return open(seen); });
-        asleep_--;
+        while (true) {
+            const uint64_t calls = calls_;
+            const auto until = std::chrono::steady_clock::now() + LOOK_OUT;
+            do {
+                for (int i = 0; i < 32; i++, pause())
+                    if (open(seen)) return;
+            } while (std::chrono::steady_clock::now() < until);
+            std::unique_lock<std::mutex> lock(mutex_);
+            asleep_++;
+            wake_.wait(lock, [&] { return open(seen) || calls_ != calls; });
+            asleep_--;
+        }
     }
 
     void loop() {
@@ -180,7 +192,7 @@ class Pool {
 
     std::mutex owner_, mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> state_{0};
+    std::atomic<uint64_t> state_{0}, calls_{0};
     std::atomic<int> next_{0}, asleep_{0};
     const std::function<void(int)> *work_ = nullptr;
     int count_ = 0, helpers_ = 0;
@@ -686,6 +698,7 @@ void multiply(const Matrix &m, const float *x, int batch, const How &how, float 
         return true;
     }();
     (void)ready;
+    if (how.threads > 1) pool().call_up();
     const int groups = (m.in + m.columns - 1) / m.columns, vectors = batch * how.digits;
     std::vector<int8_t> values(static_cast<size_t>(groups) * m.columns * vectors);
     std::vector<int32_t> sums(static_cast<size_t>(groups) * vectors);

@@ -239,6 +239,17 @@ def test_metrics_hold_all_that_predictions_need(records: list[recording.Record])
     assert stages.grid([METHOD] * 8, 8, NONE)[1] in WORKERS
 
 
+def test_what_the_driver_does_with_statistics_is_that_of_a_block(records: list[recording.Record]) -> None:
+    """Not of the head, which comes before the first block."""
+    score = records[0]
+    noted = {(u.label, u.part): u.seconds for u in recording.units(score)}
+    first = {c.about: c.gap for c in reversed(score.calls) if c.label == "_block"}
+    assert noted["_block", "gap"] == max(first.values())
+    head = next(i for i, c in enumerate(score.calls) if c.label == "_head.result")
+    assert score.calls[head + 1].label == "_block"
+    assert score.calls[head + 1].about == "1"
+
+
 def test_memory_is_what_preflight_says(tmp_path: Path) -> None:
     write_model(tmp_path / "model", Shape(2, 64, 2, 300))
     real, made = describe(tmp_path / "model"), scale.index_of(Model(2, 64, 300))

@@ -65,7 +65,8 @@ def compare(rounds: int = 5) -> None:
 @app.command()
 def predict() -> None:
     """All that follows from what was recorded."""
-    change(scale.derived(read()))
+    document = read()
+    artifacts.write_json(PATH, {**document, **scale.derived(document)})
 
 
 @app.command()

@@ -284,14 +284,15 @@ def _parted(
     return [own, *in_order(parts, keys)]
 
 
-def _added(
-    place: tuple[int, str], make: Callable[[], Total], total: Total | None, parts: Sequence[Any], last: bool
-) -> Any:
-    """A total to which parts were added, or its result. Arguments: `parts`, references."""
+def _added(place: tuple[int, str], make: Callable[[], Total], last: bool, total: Total | None, *parts: Any) -> Any:
+    """A total to which parts were added, or its result.
+
+    Parts are there before the task starts: while one waited for them, Ray would give its cores to another task.
+    """
     _prepare(*place)
     total = total or make()
-    for reference in parts:
-        total.add(_import_ray().get(reference))  # one after the other: a node holds one of another node's at a time
+    for part in parts:
+        total.add(part)
     return total.result() if last else total
 
 

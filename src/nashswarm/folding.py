@@ -80,11 +80,11 @@ class Apart:
         keys: Sequence[Hashable],
         window: int,
         run: Callable[..., list[Any]],
-        add: Callable[[Any, list[Any], bool], Any],
+        add: Callable[..., Any],
         get: Callable[[Any], Any],
         wait: Callable[[list[Any]], None],
     ) -> None:
-        """Arguments: `window`, of tasks; `run(*item)`, `add(total, parts, last)` begin tasks, and return references.
+        """Arguments: `window`, of tasks; `run(*item)`, `add(last, total, *parts)` begin tasks, and return references.
 
         Those of `run` are to what is the caller's and to the parts; that of `add` is to a total, to its result for the
         `last` parts. `total` is None for the first ones. `get` and `wait` are of references.
@@ -115,4 +115,4 @@ class Apart:
     def _add(self, last: bool) -> None:
         _, *parts = zip(*self._under_way, strict=True)
         self._under_way = []  # what is added is let go
-        self._sums = [self.add(s, list(own), last) for s, own in zip(self._sums, parts, strict=True)]
+        self._sums = [self.add(last, s, *own) for s, own in zip(self._sums, parts, strict=True)]

@@ -318,9 +318,12 @@ def _at(model: Model, stage: str, label: str, about: str) -> At:
 
 
 def _once(found: Iterable[Unit]) -> list[Unit]:
-    """Of batches and blocks that are alike the least; of what comes before a batch the most: the first has nothing."""
+    """Of batches and blocks that are alike the least.
+
+    The most of what comes before a batch, as the first has nothing, and before a block, as the first follows the head.
+    """
     best: dict[str, Unit] = {}
     for unit in found:
-        pick = max if unit.part == "before" else min
+        pick = max if unit.part == "before" or (unit.label, unit.part) == ("_block", "gap") else min
         best[unit.key()] = pick(best.get(unit.key(), unit), unit, key=lambda u: u.seconds)
     return list(best.values())

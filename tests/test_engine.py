@@ -23,8 +23,9 @@ from conftest import CONTEXT, FAMILIES, METHODS, Checkpoints, Models, Packed, no
 from miniature import make
 
 from nashswarm import artifacts, evaluation, quantize
+from nashswarm import statistics as stats
 from nashswarm.config import Compute, Evaluation, PaperProtocol, Params, Scoring
-from nashswarm.engine import AHEAD, Local, Ray, make_engine
+from nashswarm.engine import AHEAD, Engine, Local, Ray, make_engine
 from nashswarm.loading import open_for_evaluation
 from nashswarm.models import describe, load_streamed
 from nashswarm.statistics import gather
@@ -130,13 +131,126 @@ def test_tasks_larger_than_any_node_are_refused(cluster: Any, engine: Ray) -> No
         Ray(Compute(999, "ray", cluster.address))
 
 
+# --- sums on workers -----------------------------------------------------------------------------------------------
+
+KEYS = ("a", "b")
+
+
+class Sum:
+    """Order matters: float64 sums of numbers of very different sizes."""
+
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+        self.places: set[int] = set()  # processes that added
+
+    def add(self, part: np.ndarray) -> None:
+        self.places.add(os.getpid())
+        self.value = part.astype(np.float64) if self.value is None else self.value + part
+
+    def result(self) -> tuple[bytes, set[int]]:
+        assert self.value is not None
+        return self.value.tobytes(), self.places
+
+
+class SumOnce(Sum):
+    """Its process dies at the third part, once."""
+
+    flag: Path
+
+    def add(self, part: np.ndarray) -> None:
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 3 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().add(part)
+
+
+def parts_of(_: object, number: int) -> tuple[int, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(number)
+    sizes = 10.0 ** rng.integers(-8, 8, (2, 40_000))  # more than Ray returns in messages: they lie in the object store
+    return number, dict(zip(KEYS, (rng.standard_normal((2, 40_000)) * sizes).astype(np.float32), strict=True))
+
+
+def parts_with_others(_: object, number: int) -> tuple[int, dict[str, np.ndarray]]:
+    own, parts = parts_of(_, number)
+    return own, {**parts, "c": parts["a"]}
+
+
+def folded(engine: Engine, count: int, total: Callable[[], Sum] = Sum) -> dict[Any, tuple[bytes, set[int]]]:
+    folding = engine.fold(parts_of, engine.share(object), ((n,) for n in range(count)), KEYS, total)
+    assert list(folding) == list(range(count))
+    return folding.totals()
+
+
+def sums(found: dict[Any, tuple[bytes, set[int]]]) -> dict[Any, bytes]:
+    return {key: value for key, (value, _) in found.items()}
+
+
+@pytest.mark.parametrize("windows", [0.5, 1, 1.25, 3])
+def test_sums_on_workers_are_the_same(windows: float, engine: Ray) -> None:
+    count = int(AHEAD * engine.slots * windows)
+    there = folded(engine, count)
+    assert sums(there) == sums(folded(Local(), count))
+    assert list(there) == list(KEYS)
+    assert all(os.getpid() not in places for _, places in there.values())
+
+
+def test_no_more_than_a_window_is_ahead(engine: Ray) -> None:
+    """As `items` are taken when their tasks begin: one window, and the next one's first item."""
+    for one, most in ((engine, AHEAD * engine.slots + 1), (Local(), 1)):
+        taken: list[int] = []
+        items = ((taken.append(n) or n,) for n in range(6 * engine.slots))  # type: ignore[func-returns-value]
+        for number in one.fold(parts_of, one.share(object), items, KEYS, Sum):
+            assert len(taken) - number <= most
+
+
+def test_a_worker_that_dies_while_it_adds_changes_nothing(engine: Ray, tmp_path: Path) -> None:
+    count, flag = AHEAD * engine.slots + 3, tmp_path / "died"
+    assert sums(folded(engine, count, partial(dying, flag))) == sums(folded(Local(), count))
+    assert flag.exists()
+
+
+def dying(flag: Path) -> Sum:
+    made = SumOnce()
+    made.flag = flag
+    return made
+
+
+def test_a_node_that_dies_with_parts_changes_nothing(cluster: Any, engine: Ray) -> None:
+    """Ray runs again the tasks whose parts lay there."""
+    extra = cluster.add_node(num_cpus=CORES, object_store_memory=100 * 2**20)
+    wider = Ray(Compute(engine.threads, "ray", cluster.address))
+    assert wider.slots > engine.slots
+    count = AHEAD * wider.slots
+    folding = wider.fold(parts_of, wider.share(object), ((n,) for n in range(count)), KEYS, Sum)
+    own = iter(folding)
+    assert [next(own) for _ in range(count)] == list(range(count))  # all are made, none is added
+    cluster.remove_node(extra, allow_graceful=False)
+    assert list(own) == []
+    assert sums(folding.totals()) == sums(folded(Local(), count))
+
+
+@pytest.mark.parametrize("cluster_wide", [False, True])
+def test_parts_of_other_keys_are_refused(cluster_wide: bool, engine: Ray) -> None:
+    one: Engine = engine if cluster_wide else Local()
+    with pytest.raises(ValueError, match=r"^parts of \['a', 'b', 'c'\], expected \['a', 'b'\]$"):
+        list(one.fold(parts_with_others, one.share(object), [(1,)], KEYS, Sum))
+
+
+@pytest.mark.parametrize("cluster_wide", [False, True])
+def test_errors_of_tasks_whose_parts_are_added_are_ours(cluster_wide: bool, engine: Ray) -> None:
+    one: Engine = engine if cluster_wide else Local()
+    with pytest.raises(InputError, match=r"^7: no$"):
+        list(one.fold(refuse, one.share(object), [(7,)], KEYS, Sum))
+
+
 # --- the pipeline's steps ------------------------------------------------------------------------------------------
 
 
-def statistics_of(directory: Path, ids: np.ndarray, *engine: Ray) -> dict[str, Statistics]:
+def statistics_of(directory: Path, ids: np.ndarray, *engine: Ray, scoring: Scoring = SCORING) -> dict[str, Statistics]:
     index = describe(directory)
     load = partial(load_streamed, directory, index)
-    return {t.name: s for t, s in gather(load, index, ids, SCORING, no_progress, None, *engine)}
+    return {t.name: s for t, s in gather(load, index, ids, scoring, no_progress, None, *engine)}
 
 
 def same(one: dict[str, Statistics], other: dict[str, Statistics]) -> bool:
@@ -155,6 +269,40 @@ def test_statistics_are_the_same(
 ) -> None:
     directory, ids = checkpoint(family), split(family).ids
     assert same(statistics_of(directory, ids), statistics_of(directory, ids, engine))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_of_several_windows_are_the_same(
+    family: str, cluster: Any, checkpoint: Checkpoints, split: Callable[..., TokenizedSplit], monkeypatch: Any
+) -> None:
+    """Sums are handed on from window to window, in stripes; the last window is not full."""
+    monkeypatch.setattr(stats, "STRIPE", 1000)
+    engine = Ray(Compute(CORES, "ray", cluster.address))
+    directory, ids = checkpoint(family), split(family).ids
+    scoring = Scoring(tokens=(2 * AHEAD * engine.slots + 1) * CONTEXT, batch_tokens=CONTEXT)
+    assert ids.size >= scoring.tokens
+    there = statistics_of(directory, ids, engine, scoring=scoring)
+    assert same(statistics_of(directory, ids, scoring=scoring), there)
+
+
+@pytest.mark.parametrize("taken", [1, 3, 6, 10])
+def test_an_interrupted_run_goes_on_to_the_same_statistics(
+    taken: int, engine: Ray, checkpoint: Checkpoints, split: Callable[..., TokenizedSplit], tmp_path: Path
+) -> None:
+    """Though the next block was begun before this one's statistics were handed on."""
+    directory, ids = checkpoint("gpt2"), split("gpt2").ids
+    index = describe(directory)
+    load = partial(load_streamed, directory, index)
+    found: dict[str, Statistics] = {}
+    for count in (taken, 100):
+        journal = artifacts.Journal.of(tmp_path, "scores", SCORING)
+        made = gather(load, index, ids, SCORING, no_progress, journal, engine)
+        found = {tensor.name: own for tensor, own in (next(made, (None, None)) for _ in range(count)) if tensor}
+        made.close()
+        if count == taken:
+            assert len(found) == taken
+            assert journal.read("state") is not None
+    assert same(statistics_of(directory, ids), found)
 
 
 OFTEN = {
@@ -236,7 +384,15 @@ def test_the_pipelines_files_are_the_same(cluster: Any, checkpoint: Checkpoints,
 
 def workers() -> list[psutil.Process]:
     """Those that compute at the moment."""
-    busy = ("ray::_forward", "ray::_head", "ray::_block", "ray::_encode", "ray::_candidates", "ray::_Host.call")
+    busy = (
+        "ray::_forward",
+        "ray::_head",
+        "ray::_block",
+        "ray::fold",
+        "ray::_encode",
+        "ray::_candidates",
+        "ray::_Host.call",
+    )
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or [""]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from nashswarm import preflight
+from nashswarm import preflight, statistics
 from nashswarm.benchmarks import recording, scale
 from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
-from nashswarm.benchmarks.schedule import NONE, Network, Phase, Task, jobs, makespan, serial
+from nashswarm.benchmarks.schedule import NONE, Made, Network, Phase, Sum, Task, _Run, jobs, makespan, serial
 from nashswarm.benchmarks.tables import tables
-from nashswarm.benchmarks.workload import Model, Text, returned, sent
+from nashswarm.benchmarks.workload import At, Model, Text, parts, returned, sent
 from nashswarm.config import Scoring
 from nashswarm.engine import AHEAD
 from nashswarm.models import describe
@@ -81,10 +81,56 @@ def test_a_long_task_holds_up_those_that_are_too_far_ahead() -> None:
     assert makespan([Phase(tasks, ahead=21)], 2) < makespan([Phase(tasks)], 2)
 
 
+def test_sums_are_spread_over_workers() -> None:
+    phases = [Phase([Task(1.0)] * 4, sums=[Sum(add=0.5, result=1.0)] * 4, after=0.25)]
+    assert serial(phases) == 4 + 4 * (4 * 0.5 + 1) + 0.25
+    assert makespan(phases, 1) == serial(phases)
+    assert makespan(phases, 2) == 2 + 2 * 3 + 0.25
+    assert makespan(phases, 4) == 1 + 3 + 0.25
+    assert makespan(phases, 16) == makespan(phases, 4)  # as many as there are sums
+
+
+def test_parts_move_from_worker_to_worker() -> None:
+    """Ten bytes a second: of two parts of 10 bytes each, one is on the worker that adds them up."""
+    network = Network(bandwidth=10.0, latency=0.0)
+    one = [Phase([Task(1.0)] * 2, sums=[Sum(part=10)])]
+    assert makespan(one, 1, network) == 2
+    assert makespan(one, 2, network) == 1 + 1
+    assert makespan(one, 2, Network(10.0, 0.25)) == pytest.approx((0.25 + 1 + 0.25) + 0.25 + (1 + 0.25) + 0.25)
+    # Two sums: the first needs what the second worker sends, and the second what the first one does, at once.
+    assert makespan([Phase([Task(1.0)] * 2, sums=[Sum(part=10)] * 2)], 2, network) == 1 + 1
+    # Three: all ask the first worker first, which sends to one after the other; then they no longer meet.
+    assert makespan([Phase([Task(1.0)] * 3, sums=[Sum(part=10)] * 3)], 3, network) == 1 + 3
+
+
+def test_sums_results_pass_the_drivers_link() -> None:
+    phases = [Phase([Task(1.0)], sums=[Sum(returned=10)] * 3)]
+    assert makespan(phases, 3, Network(10.0, 0.0)) == 1 + 3
+
+
+def test_the_next_tasks_run_while_results_of_sums_are_handled() -> None:
+    one = Phase([Task(2.0)] * 2, sums=[Sum(add=0.5)], after=1.5)
+    assert makespan([one], 2) == 2 + 1 + 1.5
+    assert makespan([one, one], 2) == (2 + 1) + (2 + 1) + 1.5  # one worker adds up, the other begins and waits
+    assert makespan([one, Phase(gap=0.25)], 2) == 2 + 1 + 1.5  # the driver does that while a worker adds up
+
+
+def test_sums_are_handed_on_from_window_to_window() -> None:
+    """AHEAD tasks for each worker, and the next ones begin when their parts are added up."""
+    tasks = [Task(1.0)] * 2 * AHEAD
+    assert makespan([Phase(tasks, sums=[Sum(add=0.5)])], 1) == 2 * AHEAD * 1.5
+    assert makespan([Phase(tasks * 2, sums=[Sum(add=0.5)])], 2) == 2 * (AHEAD + 2 * AHEAD * 0.5)  # one adds, one waits
+    # The sum so far is twice as wide as a part: 20 and 10 bytes come to the first worker, or 20 and the part is there.
+    run = _Run(2, Network(bandwidth=100.0, latency=0.0))
+    assert run.fold([Sum(part=10, add=1.0)], [Made(0.0, 1)], [Made(0.0, 1)], False) == [Made(0.2 + 0.1 + 1.0, 0)]
+    run = _Run(2, Network(bandwidth=100.0, latency=0.0))
+    assert run.fold([Sum(part=10, add=1.0)], [Made(0.0, 0)], [Made(0.0, 1)], False) == [Made(0.2 + 1.0, 0)]
+
+
 def test_schedules_repeat() -> None:
     rng = np.random.default_rng(0)
     tasks = [Task(*map(float, rng.random(5))) for _ in range(100)]
-    phases = [Phase(tasks[:50], 0.1, 0.2), Phase(tasks[50:])]
+    phases = [Phase(tasks[:50], 0.1, 0.2, sums=[Sum(*map(float, rng.random(4)))] * 5, after=0.1), Phase(tasks[50:])]
     network = Network(3.0, 0.01)
     assert len({makespan(phases, 7, network) for _ in range(3)}) == 1
     assert makespan(phases, 7, network) < makespan(phases, 1, network) < serial(phases) + 100
@@ -137,14 +183,33 @@ def test_calls_move_what_the_formulas_say(records: list[recording.Record]) -> No
             at = recording._at(found.model, found.stage, call.label, call.about)
             if call.label in ("_embedded", "_forward", "_head", "_block", "adopt", "settle", "_encode"):
                 assert call.sent == sent(call.label, at), call
-            if call.label in ("_embedded", "_forward", "_head", "_block", "settle"):
+            if call.label in ("_embedded", "_forward", "_head", "_block", "_head.result", "_block.result", "settle"):
                 assert call.returned == returned(call.label, at), call
+            if call.label in ("_head", "_block"):
+                assert call.kept == sum(parts(call.label, at)), call
+            if call.label in ("_head.add", "_block.add"):
+                assert call.sent == sum(parts(call.label.removesuffix(".add"), at)), call
             if call.label == "compare" and call.returned:
                 assert call.returned == returned(call.label, at), call
             if call.label == "_encode":
                 assert call.returned == pytest.approx(returned(call.label, at), rel=0.01), call
             seen.add(call.label)
     assert {"_embedded", "_forward", "_head", "_block", "about", "compare", "adopt", "_encode", "settle"} <= seen
+    assert {f"{of}.{what}" for of in ("_head", "_block") for what in ("add", "result")} <= seen
+
+
+@pytest.mark.parametrize("width", [64, 1600, 4096])
+def test_parts_are_the_pipelines_stripes(width: int) -> None:
+    model = Model(2, width, 300)
+    for label, layer in (("_block", 0), ("_head", 2)):
+        index = scale.index_of(model)
+        sides = {t.name: t.shape for t in index.tensors}
+        wide = [
+            8 * len(s.rows) if s.moment == "fisher" else 4 * len(s.rows) * sides[s.tensor][s.moment == "second"]
+            for s in statistics.stripes(index, layer)
+        ]
+        assert parts(label, At(model)) == wide
+        assert max(wide) <= statistics.STRIPE
 
 
 def test_metrics_hold_all_that_predictions_need(records: list[recording.Record]) -> None:
@@ -152,6 +217,14 @@ def test_metrics_hold_all_that_predictions_need(records: list[recording.Record])
     for found in records:
         for key, value in scale.noted(found).items():
             document.setdefault(key, {}).update(value)
+    for found in records:
+        old = {
+            **document,
+            "measured": {**document["measured"], f"{found.stage} {found.method} _gone after - 64x300": 1.0},
+        }
+        rest = scale.without(old, found)["measured"]
+        own = scale.noted(found)["measured"]
+        assert rest == {k: v for k, v in document["measured"].items() if k not in own}
     units = scale.units_of(document)
     prices = scale.Prices.of(units, Rates(**document["rates"]))  # type: ignore[arg-type]
     for unit in units:  # what was measured costs what it did
@@ -164,6 +237,17 @@ def test_metrics_hold_all_that_predictions_need(records: list[recording.Record])
         assert all(0 < later <= earlier * 1.001 for earlier, later in pairwise(times)), stage
         assert times[0] <= stages.one(stage, method) * 1.001
     assert stages.grid([METHOD] * 8, 8, NONE)[1] in WORKERS
+
+
+def test_what_the_driver_does_with_statistics_is_that_of_a_block(records: list[recording.Record]) -> None:
+    """Not of the head, which comes before the first block."""
+    score = records[0]
+    noted = {(u.label, u.part): u.seconds for u in recording.units(score)}
+    first = {c.about: c.gap for c in reversed(score.calls) if c.label == "_block"}
+    assert noted["_block", "gap"] == max(first.values())
+    head = next(i for i, c in enumerate(score.calls) if c.label == "_head.result")
+    assert score.calls[head + 1].label == "_block"
+    assert score.calls[head + 1].about == "1"
 
 
 def test_memory_is_what_preflight_says(tmp_path: Path) -> None:

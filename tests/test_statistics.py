@@ -54,7 +54,8 @@ def directly(directory: Path, ids: np.ndarray) -> tuple[ModelIndex, Direct]:
     index = describe(directory)
     model = load_original(directory, index)
     windows = torch.from_numpy(ids[: WINDOWS * CONTEXT].astype(np.int64)).view(WINDOWS, CONTEXT)
-    generator = torch.Generator().manual_seed(SCORING.seed)
+    (batch,) = np.random.SeedSequence(SCORING.seed).spawn(1)
+    generator = torch.Generator().manual_seed(int(batch.generate_state(1)[0]))
     with torch.no_grad():  # labels are drawn from the float32 model's probabilities
         drawn = torch.multinomial(model(windows).logits.flatten(0, 1).softmax(-1), 1, generator=generator).squeeze(1)
     model = copy.deepcopy(model).double().requires_grad_(True)
@@ -144,8 +145,11 @@ def test_a_tied_table_has_both_uses(checkpoint: Checkpoints, split: Splits) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batches_do_not_matter_beyond_rounding(family: str, checkpoint: Checkpoints, split: Splits) -> None:
-    """The same labels must be drawn: Fisher information of other draws would differ by tens of percent."""
+def test_batches_do_not_matter_beyond_rounding(
+    family: str, checkpoint: Checkpoints, split: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the labels that are drawn, by which Fisher information differs by tens of percent: here they are not."""
+    monkeypatch.setattr(stats, "_labels", lambda p, *_: p.argmax(-1))
     ids = split(family).ids
     whole = run(checkpoint(family), ids)
     for batch_tokens in (1, 2 * CONTEXT, 4 * CONTEXT + 1):
@@ -182,6 +186,52 @@ def test_the_seed_decides_the_labels(checkpoint: Checkpoints, split: Splits) -> 
     assert np.array_equal(one.second_moment, same.second_moment)  # type: ignore[arg-type]
     assert not np.allclose(one.fisher, other.fisher, rtol=1e-3)  # type: ignore[arg-type]
     np.testing.assert_allclose(one.second_moment, other.second_moment, rtol=1e-6)  # type: ignore[arg-type]
+
+
+def test_batches_draw_their_labels_by_themselves() -> None:
+    """Each batch has numbers of its own, whichever were drawn before."""
+    p = torch.full((64, 50), 0.02)
+    drawn = [stats._labels(p, 3, number) for number in (0, 1, 2)]
+    assert len({tuple(labels.tolist()) for labels in drawn}) == 3
+    assert torch.equal(stats._labels(p, 3, 1), drawn[1])
+    assert not torch.equal(stats._labels(p, 4, 1), drawn[1])
+
+
+def test_stripes_cover_every_moment_once(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "STRIPE", 700)  # bytes
+    index = describe(checkpoint("gpt2"))
+    for layer in range(index.layers + 1):
+        rows: dict[tuple[str, str], list[int]] = {}
+        for stripe in stats.stripes(index, layer):
+            rows.setdefault((stripe.tensor, stripe.moment), []).extend(stripe.rows)
+        own = [t for t in index.tensors if t.layer == layer or (layer == index.layers and t.name == index.head)]
+        sides = {(t.name, "second"): t.shape[1] for t in own}
+        sides |= {(t.name, "fisher" if layer == index.layers else "gradient"): t.shape[0] for t in own}
+        assert rows == {place: list(range(side)) for place, side in sides.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stripes_change_no_byte(
+    family: str, checkpoint: Checkpoints, split: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, ids = checkpoint(family), split(family).ids
+    scoring = dataclasses.replace(SCORING, batch_tokens=2 * CONTEXT)
+    whole = run(directory, ids, scoring)
+    monkeypatch.setattr(stats, "STRIPE", 700)
+    for name, found in run(directory, ids, scoring).items():
+        for field in dataclasses.fields(found):
+            one, other = getattr(whole[name], field.name), getattr(found, field.name)
+            assert (one is None and other is None) or one.tobytes() == other.tobytes(), (name, field.name)
+
+
+def test_a_matrix_that_the_index_lacks_is_named(checkpoint: Checkpoints, split: Splits) -> None:
+    """As one of another layer: its statistics would be lost."""
+    directory, name = checkpoint("llama"), "model.layers.1.mlp.up_proj.weight"
+    index = describe(directory)
+    moved = tuple(dataclasses.replace(t, layer=0) if t.name == name else t for t in index.tensors)
+    wrong = dataclasses.replace(index, tensors=moved)
+    with pytest.raises(NashSwarmError, match=rf"^{name}: run where the model's index has no such matrix$"):
+        list(gather(lambda: load_original(directory, index), wrong, split("llama").ids, SCORING, no_progress))
 
 
 def test_tensors_come_head_first_and_blocks_from_last_to_first(checkpoint: Checkpoints, split: Splits) -> None:
@@ -240,9 +290,9 @@ def test_an_interrupted_run_goes_on_behind_its_finished_steps(
     index = describe(directory)
     scoring = dataclasses.replace(SCORING, batch_tokens=2 * CONTEXT)
     expected = run(directory, ids, scoring)
-    runs: list[int] = []
-    block = stats._Run.block
-    monkeypatch.setattr(stats._Run, "block", lambda self, at, *rest: (runs.append(at), block(self, at, *rest))[1])
+    runs: list[tuple[int, int]] = []
+    block = stats._block
+    monkeypatch.setattr(stats, "_block", lambda m, at, n, *rest: (runs.append((at, n)), block(m, at, n, *rest))[1])
     journal = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
     first = gather(partial(load_streamed, directory, index), index, ids, scoring, no_progress, journal)
     for _ in range(taken):
@@ -250,7 +300,7 @@ def test_an_interrupted_run_goes_on_behind_its_finished_steps(
     first.close()
     again = artifacts.Journal.of(tmp_path, "scores", ids.tolist(), scoring)
     found = dict(gather(partial(load_streamed, directory, index), index, ids, scoring, no_progress, again))
-    assert sorted(runs) == [0, 1]  # each block once, in whichever of the two runs
+    assert sorted(runs) == [(at, n) for at in (0, 1) for n in range(3)]  # each once, in whichever of the two runs
     assert {tensor.name for tensor in found} == expected.keys()
     for tensor, one in found.items():
         for field in dataclasses.fields(one):

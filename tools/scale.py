@@ -52,6 +52,7 @@ def record(widths: Annotated[list[int], typer.Argument()] = [256, 768, 1024, 160
     for width in widths:
         for shape, methods, scored in runs(width):
             for found in recording.record(shape, methods, scored, progress):
+                artifacts.write_json(PATH, scale.without(read(), found))  # calls may have other names by now
                 change(scale.noted(found))
 
 
@@ -64,7 +65,8 @@ def compare(rounds: int = 5) -> None:
 @app.command()
 def predict() -> None:
     """All that follows from what was recorded."""
-    change(scale.derived(read()))
+    document = read()
+    artifacts.write_json(PATH, {**document, **scale.derived(document)})
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 A task is a function of this library with its arguments. What many tasks have in common (a model, say) is shared: it is
 made once in each process that runs them. Results come in the order of the items, whichever worker was first, and
-whoever adds them up does so in this order; every task computes with `compute.threads` threads, wherever it runs.
+whoever adds them up does so in this order; every task computes with `compute.threads` threads, wherever it runs. What
+is large and only to be added up does not come: it is added on the workers, in the same order.
 
 A worker that is lost takes its tasks with it: Ray runs them again elsewhere. What has a state of its own, which tasks
 have not, is a `Member`: its lasting calls are kept on disk, and made again on its successor.
@@ -17,16 +18,17 @@ import tempfile
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nashswarm.config import Compute
 from nashswarm.devices import resolve
+from nashswarm.folding import Apart, Folding, Here, Total, in_order
 from nashswarm.threads import set_threads, single_threads, wait_asleep
 from nashswarm.types import NashSwarmError
 
@@ -77,6 +79,21 @@ class Engine(Protocol):
         be under way on a cluster: with few, a long task holds up all that come behind it; with many, more results wait.
         """
 
+    def fold(
+        self,
+        function: Callable[..., Any],
+        shared: Any,
+        items: Iterable[tuple[Any, ...]],
+        keys: Sequence[Hashable],
+        total: Callable[[], Total],
+    ) -> Folding:
+        """As `map` of a function that returns (own, {key: part}): `own` comes to the caller, parts are added up.
+
+        Arguments: `keys`, of the parts of every task; `total` makes what the parts of a key are added to, in the order
+        of the items. On a cluster the first tasks begin at once. Raises ValueError where a task has parts of other
+        keys.
+        """
+
 
 # --- this process --------------------------------------------------------------------------------------------------
 
@@ -112,6 +129,17 @@ class Local:
                 if len(under_way) > self.threads:
                     yield under_way.popleft().result()
             yield from (task.result() for task in under_way)
+
+    def fold(
+        self,
+        function: Callable[..., Any],
+        shared: _Lazy,
+        items: Iterable[tuple[Any, ...]],
+        keys: Sequence[Hashable],
+        total: Callable[[], Total],
+    ) -> Folding:
+        """As `Engine.fold`."""
+        return Here(self.map(function, shared, items), keys, total)
 
 
 @dataclass
@@ -183,15 +211,45 @@ class Ray:
         """As `Engine.map`."""
         threads, directory = self.place
         threads, slots = (1, threads * self.slots) if at_once else (threads, self.slots)
-        options = {"num_cpus": threads, "num_gpus": shared.gpus, "max_retries": RETRIES}
-        call = self.ray.remote(**options)(_task).options(name=function.__name__)
+        call = self._remote(_task, function.__name__, threads, shared.gpus)
         under_way: deque[Any] = deque()
         for item in items:
-            under_way.append(call.remote((threads, directory), shared, function, *item))
+            under_way.append(call((threads, directory), shared, function, *item))
             if len(under_way) >= ahead * slots:
                 yield self.get(under_way.popleft())
         while under_way:
             yield self.get(under_way.popleft())
+
+    def fold(
+        self,
+        function: Callable[..., Any],
+        shared: _Shared,
+        items: Iterable[tuple[Any, ...]],
+        keys: Sequence[Hashable],
+        total: Callable[[], Total],
+    ) -> Folding:
+        """As `Engine.fold`.
+
+        Parts are objects that the driver owns, so that Ray makes anew what is lost with a node.
+        """
+        run = self._remote(_parted, function.__name__, self.threads, shared.gpus, num_returns=1 + len(keys))
+        add = self._remote(_added, "fold", self.threads)
+        return Apart(
+            items,
+            keys,
+            AHEAD * self.slots,
+            partial(run, self.place, shared, function, keys),
+            partial(add, self.place, total),
+            self.get,
+            lambda sums: self.ray.wait(sums, num_returns=len(sums), fetch_local=False),
+        )
+
+    def _remote(
+        self, function: Callable[..., Any], name: str, cpus: int, gpus: int = 0, **options: Any
+    ) -> Callable[..., Any]:
+        """What begins a task, by the name that Ray shows."""
+        made = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, **options)(function)
+        return made.options(name=name).remote  # type: ignore[no-any-return, unused-ignore]
 
     def get(self, reference: Any) -> Any:
         """What a task returned. Raises what it raised."""
@@ -212,20 +270,39 @@ class _Shared:
     gpus: int  # of each task
 
 
-_made: dict[tuple[str, int], Any] = {}  # of this worker: what was shared last, and for how many threads
+_made: dict[str, Any] = {}  # of this worker: what was shared last
 
 
 def _task(place: tuple[int, str], shared: _Shared, function: Callable[..., Any], *arguments: Any) -> Any:
-    key = shared.key, place[0]
-    if key not in _made:
-        _prepare(*place)
+    _prepare(*place)
+    if shared.key not in _made:
         _made.clear()  # what earlier tasks had in common is not needed again
-        _made[key] = _import_ray().get(shared.make)()
-    return function(_made[key], *arguments)
+        _made[shared.key] = _import_ray().get(shared.make)()
+    return function(_made[shared.key], *arguments)
 
 
+def _parted(
+    place: tuple[int, str], shared: _Shared, function: Callable[..., Any], keys: Sequence[Hashable], *arguments: Any
+) -> list[Any]:
+    own, parts = _task(place, shared, function, *arguments)
+    return [own, *in_order(parts, keys)]
+
+
+def _added(place: tuple[int, str], make: Callable[[], Total], last: bool, total: Total | None, *parts: Any) -> Any:
+    """A total to which parts were added, or its result.
+
+    Parts are there before the task starts: while one waited for them, Ray would give its cores to another task.
+    """
+    _prepare(*place)
+    total = total or make()
+    for part in parts:
+        total.add(part)
+    return total.result() if last else total
+
+
+@lru_cache(maxsize=1)
 def _prepare(threads: int, directory: str) -> None:
-    """What a stage starts with, and where: paths may be relative."""
+    """What a stage starts with, and where: paths may be relative. Done again only for another number or place."""
     os.chdir(directory)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nashswarm").setLevel(logging.INFO)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,11 +31,13 @@ from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Scoring
 from nashswarm.devices import wide
 from nashswarm.engine import LOCAL, Engine
+from nashswarm.folding import Folding
 from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+STRIPE = 1 << 24  # bytes of float32 that are added up as one, by one worker
 FREQUENCY_PRIOR = 0.5  # lookups added to each row: a token that calibration missed is rare, not impossible
 
 
@@ -80,19 +81,30 @@ def gather(
         if state:
             gradients.copy_(torch.from_numpy(np.array(state["gradients"])))
 
-        def step(layer: int, moments: Callable[[], dict[str, _Moments]]) -> dict[str, Statistics]:
-            if layer >= done:
+        def begin(layer: int) -> Folding | None:
+            return run.backward(layer, inputs[layer], gradients) if 0 <= layer < done else None
+
+        def finish(layer: int, begun: Folding | None) -> dict[str, Statistics]:
+            if begun is None:
                 return _read_statistics(journal, layer)
-            found = {name: m.statistics(name) for name, m in moments().items()}
+            found = _joined(begun.totals())
             _keep_statistics(journal, layer, found)
             journal.keep("state", {"layer": np.array(layer), "gradients": gradients.numpy()})
             return found
 
-        head = step(index.layers, lambda: run.head(inputs[-1], gradients))
-        yield from run.named(head, lambda t: t.layer is None and t.part not in ("embedding", "other"))
-        for layer in progress(range(index.layers - 1, -1, -1), "layers"):
-            found = step(layer, lambda at=layer: run.block(at, inputs[at], gradients))  # type: ignore[misc]
-            yield from run.named(found, lambda t, at=layer: t.layer == at)  # type: ignore[misc]
+        begun, head = begin(index.layers), dict[str, Statistics]()
+        for layer in progress(range(index.layers, -1, -1), "layers"):  # what follows the blocks is the first
+            if begun:
+                for batch, gradient in zip(run.batches, begun, strict=True):
+                    gradients[batch] = gradient
+            # The next block's batches begin on workers while this one's statistics are taken, kept and handed on.
+            # Gradients stay as they are until these come back.
+            following = begin(layer - 1)
+            found = finish(layer, begun)
+            if layer == index.layers:
+                head = found
+            yield from run.named(found, layer)
+            begun = following
         yield from run.embeddings(lookups, head, gradients)
 
 
@@ -140,37 +152,100 @@ def _read_statistics(journal: Journal, layer: int) -> dict[str, Statistics]:
     return {name: Statistics(**arrays) for name, arrays in found.items()}
 
 
-@dataclass
-class _Moments:
-    """Sums over tokens for one projection: float32 within a batch of some thousand tokens, float64 across batches."""
+# --- sums over batches ---------------------------------------------------------------------------------------------
 
-    second: Tensor | None = None  # float64 [in, in]
-    fisher: Tensor | None = None  # float64 [out]
-    gradient: Tensor | None = None  # float64 [out, out]
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """Some rows of a moment of a matrix, which are added up by themselves."""
+
+    tensor: str
+    moment: str  # second [in, in], gradient [out, out], or fisher [out], the latter's diagonal, where that is too large
+    rows: range
+
+
+def stripes(index: ModelIndex, layer: int) -> list[Stripe]:
+    """All of a block, or of the head, which is the layer behind the last block; STRIPE bytes each at most."""
+    if layer == index.layers:
+        found = [(t.name, "second", t.shape[1], t.shape[1]) for t in index.tensors if t.name == index.head]
+        found += [(t.name, "fisher", t.shape[0], 1) for t in index.tensors if t.name == index.head]
+    else:
+        inside = [t for t in index.tensors if t.layer == layer]
+        found = [(t.name, "second", t.shape[1], t.shape[1]) for t in inside]
+        found += [(t.name, "gradient", t.shape[0], t.shape[0]) for t in inside]
+    return [
+        Stripe(name, moment, range(first, min(first + height, size)))
+        for name, moment, size, columns in found
+        for height in [max(1, STRIPE // (4 * columns))]
+        for first in range(0, size, height)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one batch gives to a stripe: sums over its tokens, float32 [rows, columns], fisher float64 [rows]."""
+
+    values: list[Tensor] | list[np.ndarray]  # one for each time that the matrix was run
+    tokens: int
+
+
+@dataclass
+class _Mean:
+    """The mean of a stripe over tokens: float32 within a batch of some thousand tokens, float64 across batches."""
+
+    sum: Tensor | None = None
     tokens: int = 0
 
-    def add(self, found: _Found) -> None:
+    def add(self, part: _Part) -> None:
         """What a batch gave."""
-        for key, value in found.sums:
-            before, wider = getattr(self, key), value.to(wide(value.device)).double()
-            setattr(self, key, wider if before is None else before.add_(wider))
-        self.tokens += found.tokens
+        for value in map(torch.as_tensor, part.values):
+            wider = value.to(wide(value.device))
+            self.sum = wider.to(torch.float64, copy=True) if self.sum is None else self.sum.add_(wider)
+        self.tokens += part.tokens
 
-    def statistics(self, name: str) -> Statistics:
-        fisher = self.fisher if self.gradient is None else self.gradient.diagonal()
-        if self.second is None or fisher is None or not bool(self.second.diagonal().any()):
-            raise NashSwarmError(
-                f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros"
-            )
-        gradient = None if self.gradient is None else _float32(self.gradient / self.tokens)
-        return Statistics(_float32(self.second / self.tokens), _float32(fisher / self.tokens), gradient)
+    def result(self) -> np.ndarray | None:
+        """float32; nothing where the matrix was never run."""
+        return None if self.sum is None else _float32(self.sum.div_(self.tokens))
+
+    def __getstate__(self) -> tuple[np.ndarray | None, int]:
+        return None if self.sum is None else self.sum.cpu().numpy(), self.tokens
+
+    def __setstate__(self, state: tuple[np.ndarray | None, int]) -> None:
+        found, self.tokens = state
+        self.sum = None if found is None else torch.from_numpy(found.copy())  # what a worker is handed is read-only
+
+
+def _joined(means: dict[Any, np.ndarray | None]) -> dict[str, Statistics]:
+    """Name of a matrix -> its statistics, of all its stripes, in order."""
+    rows: dict[str, dict[str, list[np.ndarray | None]]] = {}
+    for stripe in list(means):
+        rows.setdefault(stripe.tensor, {}).setdefault(stripe.moment, []).append(means.pop(stripe))
+    return {name: _statistics(name, **{moment: _whole(own) for moment, own in of.items()}) for name, of in rows.items()}
+
+
+def _whole(stripes: list[np.ndarray | None]) -> np.ndarray | None:
+    found = [own for own in stripes if own is not None]
+    return np.concatenate(found) if found else None
+
+
+def _statistics(
+    name: str,
+    second: np.ndarray | None = None,
+    gradient: np.ndarray | None = None,
+    fisher: np.ndarray | None = None,
+) -> Statistics:
+    if gradient is not None:
+        fisher = gradient.diagonal().copy()
+    if second is None or fisher is None or not second.diagonal().any():
+        raise NashSwarmError(f"{name}: no statistics were gathered; the model never ran this matrix, or only on zeros")
+    return Statistics(second, fisher, gradient)
 
 
 @dataclass
 class _Found:
     """Sums over the tokens of one batch for one projection, in the order in which they came, on the model's device."""
 
-    sums: list[tuple[str, Tensor]] = field(default_factory=list)  # field of _Moments, value
+    sums: list[tuple[str, Tensor]] = field(default_factory=list)  # moment, value
     tokens: int = 0
 
     def see_input(self, x: Tensor) -> None:
@@ -183,6 +258,11 @@ class _Found:
         g = g.reshape(-1, g.shape[-1])
         g = g.float()
         self.sums.append(("gradient", g.T @ g))
+
+    def part(self, stripe: Stripe, sent: bool) -> _Part:
+        """Arguments: `sent`, whether to another process: as arrays, of which Ray sends these rows alone."""
+        values = [v[stripe.rows.start : stripe.rows.stop] for moment, v in self.sums if moment == stripe.moment]
+        return _Part([v.cpu().numpy() for v in values] if sent else values, self.tokens)
 
 
 # --- one batch -----------------------------------------------------------------------------------------------------
@@ -211,8 +291,10 @@ def _forward(blocks: Blocks, layer: int, number: int, hidden: Tensor) -> Tensor:
         return blocks.run(layer, number, hidden.to(blocks.model.device, blocks.model.dtype, copy=True)).float().cpu()
 
 
-def _head(blocks: Blocks, number: int, hidden: Tensor, stream: torch.Generator) -> tuple[Tensor, dict[str, _Found]]:
-    """d loss / d hidden, and sums for the head. Arguments: `stream`, of labels; it moves on."""
+def _head(
+    blocks: Blocks, number: int, hidden: Tensor, seed: int, wanted: Sequence[Stripe], sent: bool
+) -> tuple[Tensor, dict[Stripe, _Part]]:
+    """d loss / d hidden, and sums for the head. Arguments: `seed`, of all labels; else as those of `_block`."""
     head = blocks.model.get_output_embeddings()
     name, hidden = blocks.name_of(head), _leaf(blocks, hidden)
     found = {name: _Found()}
@@ -220,17 +302,22 @@ def _head(blocks: Blocks, number: int, hidden: Tensor, stream: torch.Generator) 
         windows = blocks.windows[blocks.batches()[number]]
         logits = blocks.model(windows, use_cache=False).logits.float().flatten(0, 1)
     p = logits.detach().softmax(-1)
-    labels = _labels(p.cpu(), stream).to(p.device)
+    labels = _labels(p.cpu(), seed, number).to(p.device)
     found[name].sums.append(("fisher", _label_variance(p)))
     p[torch.arange(len(p)), labels] -= 1  # d loss / d logits; there is memory for few arrays of this size
     logits.backward(p)
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), _on_processor(found)
+    return hidden.grad.float().cpu(), _parts(found, wanted, sent)
 
 
-def _labels(p: Tensor, stream: torch.Generator) -> Tensor:
-    """int64 [tokens], of probabilities [tokens, rows]: takes a number for each token and row."""
-    return torch.multinomial(p, 1, generator=stream).squeeze(1)
+def _labels(p: Tensor, seed: int, number: int) -> Tensor:
+    """int64 [tokens], drawn with probabilities [tokens, rows] for batch `number`.
+
+    The generator's seed is the first word of the batch's child of numpy's SeedSequence(seed), so that batches can be
+    drawn in any order, in any process.
+    """
+    (word,) = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)
+    return torch.multinomial(p, 1, generator=torch.Generator().manual_seed(int(word))).squeeze(1)
 
 
 def _label_variance(p: Tensor) -> Tensor:
@@ -242,9 +329,11 @@ def _label_variance(p: Tensor) -> Tensor:
     return torch.stack([(own * (1 - own)).to(wide(p.device)).sum(0, dtype=torch.float64) for own in parts]).sum(0)
 
 
-def _on_processor(found: dict[str, _Found]) -> dict[str, _Found]:
-    """The same on the processor: GPUs' memory is not sent."""
-    return {name: replace(own, sums=[(key, value.cpu()) for key, value in own.sums]) for name, own in found.items()}
+def _parts(found: dict[str, _Found], wanted: Sequence[Stripe], sent: bool) -> dict[Stripe, _Part]:
+    """Of every stripe. Raises NashSwarmError for a matrix that was run and is none of them."""
+    if others := found.keys() - {stripe.tensor for stripe in wanted}:
+        raise NashSwarmError(f"{', '.join(sorted(others))}: run where the model's index has no such matrix")
+    return {stripe: found.get(stripe.tensor, _Found()).part(stripe, sent) for stripe in wanted}
 
 
 def _leaf(blocks: Blocks, hidden: Tensor) -> Tensor:
@@ -252,9 +341,12 @@ def _leaf(blocks: Blocks, hidden: Tensor) -> Tensor:
 
 
 def _block(
-    blocks: Blocks, layer: int, number: int, hidden: Tensor, gradient: Tensor, sent: bool
-) -> tuple[Tensor, dict[str, _Found]]:
-    """d loss / d input of a block, from that of its output, and sums for its projections; `sent`: to be sent away."""
+    blocks: Blocks, layer: int, number: int, hidden: Tensor, gradient: Tensor, wanted: Sequence[Stripe], sent: bool
+) -> tuple[Tensor, dict[Stripe, _Part]]:
+    """d loss / d input of a block, from that of its output, and sums for its projections.
+
+    Arguments: `wanted`, all stripes of the layer; `sent`, whether sums leave this process.
+    """
     modules = blocks.projections(layer)
     found = {name: _Found() for name in modules}
     blocks.enter(layer)  # held for the pass back, too
@@ -263,7 +355,7 @@ def _block(
         output = blocks.run(layer, number, hidden)
         output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
-    return hidden.grad.float().cpu(), _on_processor(found) if sent else found
+    return hidden.grad.float().cpu(), _parts(found, wanted, sent)
 
 
 # --- all batches ---------------------------------------------------------------------------------------------------
@@ -305,42 +397,28 @@ class _Run:
         mapped.flush()
         return counts
 
-    def head(self, outputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
-        """Statistics of what follows the blocks; fills `gradients` with d loss / d output of the last block."""
-        items = ((n, outputs[b].clone(), stream) for n, (b, stream) in enumerate(self._streams()))
-        return self._summed(self.engine.map(_head, self.shared, items), gradients, "head")
+    def backward(self, layer: int, inputs: Tensor, gradients: Tensor) -> Folding:
+        """Batch by batch, d loss / d input of a block, from `gradients`, of its output; totals by `Stripe`.
 
-    def block(self, layer: int, inputs: Tensor, gradients: Tensor) -> dict[str, _Moments]:
-        """Statistics of one block; turns `gradients` from those of its output into those of its input."""
-        sent = self.engine.apart
-        items = ((layer, n, inputs[b].clone(), gradients[b].clone(), sent) for n, b in enumerate(self.batches))
-        return self._summed(self.engine.map(_block, self.shared, items), gradients)
+        Arguments: `layer`, that behind the last block for what follows the blocks, which needs no gradients.
+        """
+        wanted, batches = stripes(self.index, layer), enumerate(self.batches)
+        rest = wanted, self.engine.apart
+        items: Iterator[tuple[Any, ...]]
+        if layer == self.index.layers:
+            function: Callable[..., Any] = _head
+            items = ((n, inputs[b].clone(), self.scoring.seed, *rest) for n, b in batches)
+        else:
+            function = _block
+            items = ((layer, n, inputs[b].clone(), gradients[b].clone(), *rest) for n, b in batches)
+        return self.engine.fold(function, self.shared, items, wanted, _Mean)
 
-    def _streams(self) -> Iterator[tuple[slice, torch.Generator]]:
-        """Batches, each with the stream of labels as the batch before left it, which is seen in this process alone."""
-        stream = torch.Generator().manual_seed(self.scoring.seed)
-        for batch, following in zip_longest(self.batches, self.batches[1:]):
-            yield batch, stream.clone_state() if self.engine.apart else stream
-            if self.engine.apart and following:
-                tokens = (min(batch.stop, self.shape[0]) - batch.start) * self.shape[1]
-                _labels(torch.ones(tokens, self.index.vocabulary), stream)
-
-    def _summed(
-        self, found: Iterator[tuple[Tensor, dict[str, _Found]]], gradients: Tensor, what: str | None = None
-    ) -> dict[str, _Moments]:
-        moments: dict[str, _Moments] = {}
-        batches = self.progress(self.batches, what) if what else self.batches
-        for batch, (gradient, own) in zip(batches, found, strict=True):
-            gradients[batch] = gradient
-            for name, sums in own.items():
-                moments.setdefault(name, _Moments()).add(sums)
-        return moments
-
-    def named(
-        self, found: Mapping[str, Statistics], wanted: Callable[[TensorSpec], bool]
-    ) -> Iterator[tuple[TensorSpec, Statistics]]:
-        for tensor in filter(wanted, self.index.tensors):
-            yield tensor, found.get(tensor.name) or _Moments().statistics(tensor.name)
+    def named(self, found: Mapping[str, Statistics], layer: int) -> Iterator[tuple[TensorSpec, Statistics]]:
+        """Of a block's matrices, or of a head that is no embedding."""
+        for tensor in self.index.tensors:
+            last = tensor.layer is None and tensor.part not in ("embedding", "other")
+            if tensor.layer == layer or (last and layer == self.index.layers):
+                yield tensor, found.get(tensor.name) or _statistics(tensor.name)
 
     def embeddings(
         self, lookups: dict[str, Tensor], head: Mapping[str, Statistics], gradients: Tensor

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from nashswarm.benchmarks.quantization import Shape, open_model, quiet, random_t
 from nashswarm.benchmarks.workload import BATCH, INSIDE, PASS, TABLES, At, Model, takes_time
 from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_method
 from nashswarm.engine import Member, Ray
+from nashswarm.folding import Folding, Here, Parts, Total
 from nashswarm.types import ModelIndex, Progress, TensorSpec, TokenizedSplit
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -57,6 +58,7 @@ class Call:
     after: float = 0.0  # of the driver, with the result
     sent: int = 0  # bytes of arrays
     returned: int = 0
+    kept: int = 0  # bytes of parts that stay on workers, to be added up
 
 
 class Recorder(Ray):
@@ -85,10 +87,22 @@ class Recorder(Ray):
                 return  # what that took is in the next gap
             self.last = time.process_time()
             found = self.note(name, _about(item), partial(function, shared, *item), sent=nbytes(item), before=before)
-            self.calls[-1] = dataclasses.replace(self.calls[-1], gap=gap)
+            place = len(self.calls) - 1
+            self.calls[place] = dataclasses.replace(self.calls[place], gap=gap)
             yield found
             after = self.gap()
-            self.calls[-1] = dataclasses.replace(self.calls[-1], after=after)
+            self.calls[place] = dataclasses.replace(self.calls[place], after=after)
+
+    def fold(  # type: ignore[override, unused-ignore]
+        self,
+        function: Callable[..., Any],
+        shared: Any,
+        items: Iterable[tuple[Any, ...]],
+        keys: Sequence[Hashable],
+        total: Callable[[], Total],
+    ) -> Folding:
+        """As `map`. Adding and results are calls of their own: `NAME.add` of all parts of a task, `NAME.result`."""
+        return _Noted(self, self.map(function, shared, items), keys, total)
 
     def member(self, make: Callable[[], Any]) -> Member:
         """One that lives here."""
@@ -115,6 +129,21 @@ class Recorder(Ray):
         return self.calls
 
 
+class _Noted(Here):
+    def __init__(self, recorder: Recorder, *rest: Any) -> None:
+        super().__init__(*rest)
+        self.recorder = recorder
+
+    def add(self, parts: Parts) -> None:
+        calls, size = self.recorder.calls, nbytes(parts)
+        calls[-1] = self.task = dataclasses.replace(calls[-1], returned=calls[-1].returned - size, kept=size)
+        self.recorder.note(f"{self.task.label}.add", self.task.about, partial(super().add, parts), sent=size)
+
+    def totals(self) -> dict[Hashable, Any]:
+        found: dict[Hashable, Any] = self.recorder.note(f"{self.task.label}.result", self.task.about, super().totals)
+        return found
+
+
 class _Here(Member):
     def __init__(self, engine: Recorder, make: Callable[[], Any]) -> None:
         self.recorder, self.made = engine, engine.note("open", "", make)
@@ -138,9 +167,7 @@ def _about(arguments: Sequence[Any]) -> str:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of the arrays in a value, a generator's state among them."""
-    if isinstance(value, torch.Generator):
-        value = value.get_state()
+    """Bytes of the arrays in a value."""
     if isinstance(value, Tensor | np.ndarray):
         return int(value.nbytes)
     if dataclasses.is_dataclass(value):
@@ -291,9 +318,12 @@ def _at(model: Model, stage: str, label: str, about: str) -> At:
 
 
 def _once(found: Iterable[Unit]) -> list[Unit]:
-    """Of batches and blocks that are alike the least; of what comes before a batch the most: the first has nothing."""
+    """Of batches and blocks that are alike the least.
+
+    The most of what comes before a batch, as the first has nothing, and before a block, as the first follows the head.
+    """
     best: dict[str, Unit] = {}
     for unit in found:
-        pick = max if unit.part == "before" else min
+        pick = max if unit.part == "before" or (unit.label, unit.part) == ("_block", "gap") else min
         best[unit.key()] = pick(best.get(unit.key(), unit), unit, key=lambda u: u.seconds)
     return list(best.values())

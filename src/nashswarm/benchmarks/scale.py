@@ -15,7 +15,7 @@ import numpy as np
 from nashswarm import preflight
 from nashswarm.benchmarks.costs import Cost, Rates, fit
 from nashswarm.benchmarks.recording import METHODS, PREFIX, SCORED, Record, Unit, rounds, units
-from nashswarm.benchmarks.schedule import NONE, Network, Phase, Task, jobs, makespan, serial
+from nashswarm.benchmarks.schedule import NONE, Network, Phase, Sum, Task, jobs, makespan, serial
 from nashswarm.benchmarks.workload import (
     BATCH,
     CHAINED,
@@ -29,6 +29,7 @@ from nashswarm.benchmarks.workload import (
     Model,
     Text,
     counts,
+    parts,
     returned,
     sent,
 )
@@ -126,17 +127,24 @@ class Stages:
         embedded, forward, head, block = (
             self._task("score", "all", label, at) for label in ("_embedded", "_forward", "_head", "_block")
         )
-        gap = self.prices.seconds("score", "all", "_block", "gap", at)
-        start = self.prices.seconds("score", "all", "start", "seconds", at)
-        # Labels are drawn from one stream: the driver moves it past a batch once that was handed out.
-        heads = [replace(head, before=0.0), *[head] * (batches - 1)]
+        start, gap = (
+            self.prices.seconds("score", "all", label, part, at)
+            for label, part in (("start", "seconds"), ("_block", "gap"))
+        )
         return [
             Phase([embedded] * batches, start=start),
             *[Phase([forward] * batches)] * self.model.layers,
-            Phase(heads),
-            Phase(gap=head.before),
-            *[Phase([block] * batches, gap)] * self.model.layers,
+            Phase([head] * batches, sums=self._sums("_head", at)),
+            *[Phase([block] * batches, sums=self._sums("_block", at), after=gap)] * self.model.layers,
         ]
+
+    def _sums(self, label: str, at: At) -> list[Sum]:
+        """Of the parts of score's calls; each takes as long as it is large."""
+        sizes = parts(label, at)
+        add, result = (self.prices.seconds("score", "all", f"{label}.{of}", "seconds", at) for of in ("add", "result"))
+        each = [(size, size / sum(sizes)) for size in sizes]
+        back = returned(f"{label}.result", at)
+        return [Sum(size, add * share, result * share, back * share) for size, share in each]
 
     def _places(self) -> list[str]:
         return [*TABLES, *INSIDE * self.model.layers]
@@ -213,7 +221,7 @@ class Stages:
     def moved(self, stage: str, method: str, workers: int) -> float:
         """Bytes that pass the driver's link."""
         found = self.phases(stage, method, workers)
-        return sum(t.sent + t.returned for phase in found for t in phase.tasks)
+        return sum(t.sent + t.returned for p in found for t in p.tasks) + sum(s.returned for p in found for s in p.sums)
 
     def grid(self, methods: Sequence[str], workers: int, network: Network) -> tuple[float, int]:
         """Seconds of all methods behind one scoring, and how many run at once for that: the best of all divisors."""
@@ -335,17 +343,30 @@ H100 = Rates(67e12, float("inf"), 3.35e12)  # what runs there rounds nothing
 
 def noted(found: Record) -> dict[str, Any]:
     """What the metrics keep of a stage that was recorded."""
-    model, name = found.model, f"{found.stage} {found.method} {found.model.width}x{found.model.vocabulary}"
+    model, (name, size) = found.model, _recorded(found)
     total = sum(c.gap + c.before + c.seconds + c.after for c in found.calls)
     stage = {"layers": model.layers, "rounds": rounds(found), "seconds": _digits(total)}
     document: dict[str, Any] = {
         "measured": {unit.key(): float(f"{unit.seconds:.4g}") for unit in units(found)},
-        "stages": {name: {**stage, "peak_gib": _digits(found.peak_bytes / 2**30)}},
+        "stages": {f"{name} {size}": {**stage, "peak_gib": _digits(found.peak_bytes / 2**30)}},
     }
     if found.stage == "pack":
         rows = [c.returned for c in found.calls if c.label == "_encode" and "wte" in c.about]
         document["bytes_a_weight"] = {found.method: _digits(rows[0] / (model.vocabulary * model.width))}
     return document
+
+
+def without(document: Mapping[str, Any], found: Record) -> dict[str, Any]:
+    """The metrics less what an earlier recording measured of the same stage."""
+    name, size = _recorded(found)
+    measured = document.get("measured", {})
+    kept = {k: v for k, v in measured.items() if not (k.startswith(f"{name} ") and k.endswith(f" {size}"))}
+    return {**document, "measured": kept}
+
+
+def _recorded(found: Record) -> tuple[str, str]:
+    """Stage and method, and the model's size, as keys name them."""
+    return f"{found.stage} {found.method}", f"{found.model.width}x{found.model.vocabulary}"
 
 
 def derived(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nashswarm.benchmarks.costs import Counts
+from nashswarm.statistics import STRIPE
 
 CONTEXT = 1024
-STATE = 5056  # bytes of a generator's state
 BATCH, PASS = 2048, 8192  # tokens of a pass: of score and evaluate, of the quantized prefix
 FIRST, WRITERS = "attn.c_attn", ("attn.c_proj", "mlp.c_proj")
 INSIDE = (FIRST, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # in the order in which they run
@@ -211,11 +211,12 @@ COUNTS: Mapping[tuple[str, str, str], Callable[[At], Counts]] = {
     ("score", "_forward", "seconds"): _forward,
     ("score", "_forward", "after"): lambda at: Counts(bytes=returned("_forward", at)),
     ("score", "_head", "seconds"): _head,
-    ("score", "_head", "before"): lambda at: Counts(bytes=4.0 * at.tokens * at.model.vocabulary),
     ("score", "_block", "seconds"): _block,
     ("score", "_block", "before"): lambda at: Counts(bytes=sent("_block", at)),
     ("score", "_block", "after"): lambda at: Counts(bytes=returned("_block", at)),
-    ("score", "_block", "gap"): lambda at: Counts(bytes=4.0 * MOMENTS * at.model.width**2),
+    ("score", "_block", "gap"): lambda at: Counts(bytes=sum(parts("_block", at))),
+    ("score", "_block.add", "seconds"): lambda at: Counts(bytes=sum(parts("_block", at))),
+    ("score", "_block.result", "seconds"): lambda at: Counts(bytes=sum(parts("_block", at))),
     ("allocate", "_candidates", "seconds"): _offer,
     ("allocate", "round", "gap"): _all_weights,
     ("pack", "about", "gap"): _weights,
@@ -251,10 +252,8 @@ def takes_time(stage: str, label: str, part: str, at: At) -> bool:
 def sent(label: str, at: At) -> float:
     """Bytes of a call's arguments."""
     d, t = at.model.width, at.tokens
-    if label == "_forward":
+    if label in ("_forward", "_head"):
         return 4 * t * d
-    if label == "_head":
-        return 4 * t * d + STATE
     if label == "_block":
         return 8 * t * d
     if label in ("compare", "settle"):
@@ -271,12 +270,12 @@ def returned(label: str, at: At) -> float:
     d, t = at.model.width, at.tokens
     if label == "_embedded":
         return 4 * t * d + 8 * (at.model.vocabulary + CONTEXT)
-    if label == "_forward":
+    if label in ("_forward", "_head", "_block"):
         return 4 * t * d
-    if label == "_head":
-        return 4 * (t * d + d**2) + 8 * at.model.vocabulary
-    if label == "_block":
-        return 4 * (t * d + MOMENTS * d**2)
+    if label == "_head.result":
+        return 4 * (d**2 + at.model.vocabulary)
+    if label == "_block.result":
+        return 4 * MOMENTS * d**2
     if label == "compare":
         rest = at.into * at.out + at.into + at.out if at.role in WRITERS else at.into**2 + 2 * at.into
         return 2 * 4 * (at.into**2 + rest + 1)
@@ -285,3 +284,17 @@ def returned(label: str, at: At) -> float:
     if label == "_encode":
         return at.out * at.into + 2 * (at.out + at.into)
     return 0
+
+
+def parts(label: str, at: At) -> list[int]:
+    """Bytes of the parts of a call that are added up on workers: one for each `statistics.Stripe`."""
+    d = at.model.width
+    if label == "_head":
+        return [*_stripes(d, d), 8 * at.model.vocabulary]
+    moments = [at.model.shape(role)[side] for side in (1, 0) for role in INSIDE]
+    return [size for n in moments for size in _stripes(n, n)]
+
+
+def _stripes(rows: int, columns: int) -> list[int]:
+    height = STRIPE // (4 * columns)
+    return [4 * columns * min(height, rows - first) for first in range(0, rows, height)]

@@ -76,7 +76,7 @@ class Engine(Protocol):
 
         Arguments: `at_once`, for tasks which are numba for the most part, which uses one core: each computes with one
         thread, and as many of them run at the same time as there are threads. `ahead`, how many for each that runs may
-        be under way on a cluster: with few, a long task holds up all that come behind it; with many, more results wait.
+        be under way: with few, a long task holds up all that come behind it; with many, more results wait.
         """
 
     def fold(
@@ -126,7 +126,7 @@ class Local:
         with single_threads(self.threads) as pool:
             for item in items:
                 under_way.append(pool.submit(function, shared.made, *item))
-                if len(under_way) > self.threads:
+                if len(under_way) >= ahead * self.threads:
                     yield under_way.popleft().result()
             yield from (task.result() for task in under_way)
 

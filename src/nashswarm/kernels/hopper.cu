@@ -7,9 +7,9 @@
 // Activations are integers of 24 bits with a unit for each group, cut into 3 signed digits of 8 bits, and products are
 // those of int8 tensor cores: exact sums. A tile's codes are unsigned bytes; a step's middle comes in by the sums of
 // digits. Codes lie in the order of the tensor cores' fragments (hopper.py), so that a lane loads 16 bytes that it uses
-// itself. Up to 2 rows, the 3 digits are columns of one product (`small`); above, there is a product for each
-// (`large`), of which every column is used, and an item is the work of two blocks, so that their larger records leave
-// room for more of them.
+// itself. The digits of all rows are columns of one product: up to 2 rows, of a warp's own (`small`); above, of 4 warps
+// at once (wgmma), which reads activations where they lie in shared memory (`large`). Their records are large there: a
+// block has 2 items of the same groups, and records go through a ring.
 //
 // Blocks leave their sums in `partial`; the last one of 4 strips to arrive adds them up in their order: results are the
 // same from run to run. No header is needed.
@@ -22,7 +22,15 @@ DEV u32 sm(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // --- barriers that count bytes, copies, tensor cores ---------------------------------------------------------------
 
-DEV void bar_init(u32 b) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(b)); }
+DEV void bar_init(u32 b, u32 arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(arrivals));
+}
+// After all of a thread's, before copies that they count.
+DEV void bar_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+DEV void bar_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
 DEV void bar_expect(u32 b, u32 n) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(n) : "memory");
 }
@@ -31,10 +39,13 @@ DEV void bulk(u32 d, const void* s, u32 n, u32 b) {
                "l"(s), "r"(n), "r"(b)
                : "memory");
 }
-DEV void bar_wait(u32 b) {
-  asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra L; }" ::"r"(b)
+DEV void bar_wait(u32 b, u32 parity = 0) {
+  asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra L; }" ::"r"(b),
+               "r"(parity)
                : "memory");
 }
+// Among the W warps of an item, the block's `mine`th.
+DEV void item_sync(int mine) { asm volatile("bar.sync %0, 128;" ::"r"(mine + 1) : "memory"); }
 // Until the kernels before have ended and their memory is there; and: the next kernel may start.
 DEV void gdc_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEV void gdc_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -43,6 +54,35 @@ DEV void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// As `mma`, for the 4 warps of an item, each with its own a, and b of 32 x 24 BT in shared memory: 8 x 16 bytes of
+// transposed b lie together; next to them the same k of the next 8 columns, after all of these the next 16 k. c is what
+// it was, or 0, and may be read, as a be written, after `wgmma_wait`.
+DEV void wgmma(int (&c)[12], const u32* a, unsigned long long b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %17, 0;"
+      "wgmma.mma_async.sync.aligned.m64n24k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11},"
+      "{%12,%13,%14,%15},%16,p; }"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(c[4]), "+r"(c[5]), "+r"(c[6]), "+r"(c[7]), "+r"(c[8]),
+        "+r"(c[9]), "+r"(c[10]), "+r"(c[11])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+DEV void wgmma(int (&c)[24], const u32* a, unsigned long long b, int add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %29, 0;"
+      "wgmma.mma_async.sync.aligned.m64n48k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,"
+      "%18,%19,%20,%21,%22,%23},{%24,%25,%26,%27},%28,p; }"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(c[4]), "+r"(c[5]), "+r"(c[6]), "+r"(c[7]), "+r"(c[8]),
+        "+r"(c[9]), "+r"(c[10]), "+r"(c[11]), "+r"(c[12]), "+r"(c[13]), "+r"(c[14]), "+r"(c[15]), "+r"(c[16]),
+        "+r"(c[17]), "+r"(c[18]), "+r"(c[19]), "+r"(c[20]), "+r"(c[21]), "+r"(c[22]), "+r"(c[23])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+DEV void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+template <int N>
+DEV void wgmma_wait(int (&c)[N]) {
+  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(c[i]));  // no use before
 }
 DEV float ex2(float x) {
   float y;
@@ -57,16 +97,15 @@ enum { HALF, BFLOAT, FLOAT };  // kinds of activations and results
 struct Args {
   const u8* codes;    // of slots (an item's warps) one after another, a slot's tiles by group, in units of 256 bytes
   const uint4* meta;  // [slots][deep]: 16 nibbles of rows, then byte | width << 8 | the slot's units before << 16
-  const int4* table;  // [slots]: first unit; units | those of the first half of groups << 16; the item's units before;
-                      // those of its first half before | of its second << 16
+  const int4* table;  // [slots]: first unit; units; those of the first half of groups; the item's units before
   const int* order;   // of columns
-  int* arrived;       // [strips]: blocks that have ended
+  int* arrived;       // [strips]: items that have ended
   const void* x;      // [batch][nin]
   void* y;            // [batch][out]
   u8* rec;            // [groups] records of activations
-  float* partial;     // [blocks][4][rows of activations][16]
-  // strips: by fours; splits: items for one of these; deep: most groups of an item
-  int base, out, nin, batch, groups, strips, splits, deep, kind;
+  float* partial;     // [items][4][rows of activations][16]
+  // strips: by fours; splits: items for one of these; deep: most groups of an item; most: units of an item
+  int base, out, nin, batch, groups, strips, splits, deep, most, kind;
 };
 
 DEV float load(const void* x, size_t i, int kind) {
@@ -91,12 +130,13 @@ DEV void store(void* y, size_t i, float f, int kind) {
 
 // --- activations ---------------------------------------------------------------------------------------------------
 
-// A group's record, up to 2 rows (BP of them): digits [half][column][t][16 bytes] with column = digit * BP + row; their
-// sums, int [3][2]; units float [2]. More rows (BT times 8): digits [BT][3][half][lane][16 bytes]; of rows, the unit
-// and the sum of x, float [8 BT][2]. Both as the lanes of a product load them.
+// A group's record, up to 2 rows (BP of them): digits [half][column][t][16 bytes] with column = digit * BP + row, as
+// the lanes of a product load them; their sums, int [3][2]; units float [2]. More rows (BT times 8): digits
+// [8][3][8 BT rows][16 of the group's columns], as `wgmma` reads them; behind all records, of a group's rows, the unit
+// and the sum of x, float [groups][8 BT][2].
 constexpr int D = 3;
 __device__ constexpr int rec_small(int bp) { return D * bp * 128 + 48; }
-__device__ constexpr int rec_large(int bt) { return D * bt * 1024 + bt * 64; }
+__device__ constexpr int rec_large(int bt) { return D * bt * 1024; }
 
 // A warp has a row of a group. blocks (32, rows of a block), grid (groups, rows / those).
 template <int BP, int BT>
@@ -146,42 +186,56 @@ DEV void prepare(const Args& a) {
       sum = __reduce_add_sync(~0u, sum);
       if (lane == 0) ((int*)(r + 3 * BP * 128))[d * 2 + b] = sum;
     } else
-      *(u32*)(r + ((b >> 3) * D + d) * 1024 + hf * 512 + ((b & 7) * 4 + t) * 16 + word * 4) = w;
+      *(u32*)(r + (((lane >> 2) * D + d) * 8 * BT + b) * 16 + t * 4) = w;
   }
   if (lane == 0) {
     if (BP) ((float*)(r + 3 * BP * 128 + 32))[b] = unit;
-    else ((float2*)(r + D * BT * 1024))[b] = make_float2(unit, (float)total * unit);
+    else ((float2*)(a.rec + (size_t)a.groups * REC))[g * 8 * BT + b] = make_float2(unit, (float)total * unit);
   }
 }
 
 // --- after a product -----------------------------------------------------------------------------------------------
 
-constexpr int W = 4;  // warps of a block, strips of an item
+constexpr int W = 4;  // warps and strips of an item
+constexpr int F = 2;  // items of a block of `large`
+constexpr int S = 3;  // records of its ring
 
-// The last block of 4 strips adds up. NV: rows of activations in `partial`; BLOCKS, of an item.
-template <int NV, int BLOCKS>
-DEV void finish(const Args& a, int sg, int tid) {
-  __shared__ int last;
-  __threadfence();
-  __syncthreads();
-  if (tid == 0) last = atomicAdd(a.arrived + sg, 1) == a.splits * BLOCKS - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  const int splits = a.splits * BLOCKS, size = W * 4 * NV;  // of 4 floats
-  for (int i = tid; i < size; i += W * 32) {
-    const float4* p = (const float4*)a.partial + (size_t)sg * splits * size + i;
-    float4 sum = make_float4(0, 0, 0, 0);
-    for (int k = 0; k < splits; k += 12) {
-      float4 v[12];
+// The last item of 4 strips to end adds up, by its W warps. NV: rows of activations in `partial`; `mine`: the item's
+// place in its block. One thread's atomic orders all that these warps wrote: 1 us faster than a fence by each thread.
+template <int NV>
+DEV void finish(const Args& a, int sg, int tid, int mine) {
+  __shared__ int last[F];
+  item_sync(mine);
+  if (tid == 0) {
+    int ended;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ended) : "l"(a.arrived + sg) : "memory");
+    last[mine] = ended == a.splits - 1;
+  }
+  item_sync(mine);
+  if (!last[mine]) return;
+  // A thread's sums, by fours, and how many items it asks for at once.
+  constexpr int SIZE = W * 4 * NV, OWN = (SIZE + W * 32 - 1) / (W * 32), AHEAD = OWN > 1 ? 8 : 12;
+  const float4* p = (const float4*)a.partial + (size_t)sg * a.splits * SIZE + tid;
+  float4 sum[OWN] = {};
+  for (int k = 0; k < a.splits; k += AHEAD) {
+    float4 v[AHEAD][OWN];
 #pragma unroll
-      for (int j = 0; j < 12; j++) v[j] = k + j < splits ? __ldcg(p + (size_t)(k + j) * size) : make_float4(0, 0, 0, 0);
+    for (int j = 0; j < AHEAD; j++)
 #pragma unroll
-      for (int j = 0; j < 12; j++) sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
-    }
-    int w = i / (4 * NV), b = i / 4 % NV, row = (sg * W + w) * 16 + i % 4 * 4;
-    const float f[4] = {sum.x, sum.y, sum.z, sum.w};
-    if (b < a.batch)
+      for (int o = 0; o < OWN; o++)
+        v[j][o] = k + j < a.splits && tid + o * W * 32 < SIZE ? __ldcg(p + (size_t)(k + j) * SIZE + o * W * 32)
+                                                              : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+      for (int o = 0; o < OWN; o++)
+        sum[o].x += v[j][o].x, sum[o].y += v[j][o].y, sum[o].z += v[j][o].z, sum[o].w += v[j][o].w;
+  }
+#pragma unroll
+  for (int o = 0; o < OWN; o++) {
+    const int i = tid + o * W * 32, w = i / (4 * NV), b = i / 4 % NV, row = (sg * W + w) * 16 + i % 4 * 4;
+    const float f[4] = {sum[o].x, sum[o].y, sum[o].z, sum[o].w};
+    if (i < SIZE && b < a.batch)
 #pragma unroll
       for (int j = 0; j < 4; j++)
         if (row + j < a.out) store(a.y, (size_t)b * a.out + row + j, f[j], a.kind);
@@ -214,16 +268,15 @@ DEV void small(const Args& a) {
   const u32 coff = (xoff + a.deep * REC + 127) & ~127u;
   const int at = blockIdx.x * W + warp;
   const int4 e = __ldg(a.table + at);
-  const int units = e.y & 65535, early = e.y >> 16, mid = n / 2;  // what is asked for before the activations are there
+  const int units = e.y, early = e.z, mid = n / 2;  // what is asked for before the activations are there
   const u32 bar = sm(s) + 8 + warp * 8, bar2 = bar + W * 8;
   if (lane == 0) {
     bar_init(bar);
     bar_init(bar2);
     if (warp == 0) bar_init(sm(s));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    bar_init_done();
     bar_expect(bar, early * 256);
-    if (early) bulk(sm(s) + coff + e.z * 256, a.codes + (size_t)e.x * 256, early * 256, bar);
+    if (early) bulk(sm(s) + coff + e.w * 256, a.codes + (size_t)e.x * 256, early * 256, bar);
   }
   gdc_launch();
   // steps, negative where the grid has zero in it; labels; where this warp's activations lie
@@ -244,12 +297,12 @@ DEV void small(const Args& a) {
   }
   if (lane == 0) {
     bar_expect(bar2, (units - early) * 256);
-    const u32 to = sm(s) + coff + (e.z + early) * 256;
+    const u32 to = sm(s) + coff + (e.w + early) * 256;
     if (units - early) bulk(to, a.codes + ((size_t)e.x + early) * 256, (units - early) * 256, bar2);
   }
   __syncthreads();
   bar_wait(sm(s));
-  const u8* codes = s + coff + e.z * 256;
+  const u8* codes = s + coff + e.w * 256;
   const int col = min(g >> 1, 2) * BP + (BP == 2 ? g & 1 : 0);
   const u8* xr = s + xoff + (col * 4 + t) * 16;
   const u8* xs = s + xoff + 3 * BP * 128;
@@ -337,7 +390,7 @@ DEV void small(const Args& a) {
       v += __shfl_xor_sync(~0u, v, 2);
       if (t == 0) __stcg(own + b * 16 + h * 8 + g, v);
     }
-  finish<BP, 1>(a, sg, tid);
+  finish<BP>(a, sg, tid, 0);
 }
 
 // w >> SH, to either side.
@@ -367,115 +420,129 @@ DEV void one(u32 (&c)[16], uint2 w) {
 }
 
 // The codes of a tile as bytes: c[4 q + i], byte j, of lane 4 g + t is that of row g + 8 (i & 1) and of column
-// 32 q + 16 (i >> 1) + 4 t + j.
-// p: the tile's codes and 16 bytes for each lane before.
+// 32 q + 16 (i >> 1) + 4 t + j. p: the tile's codes, 16 bytes a lane further on.
 DEV void unpack(u32 (&c)[16], const u8* p, u32 width, int lane) {
-    #pragma unroll
-      for (int i = 0; i < 16; i++) c[i] = 0;
-      if (width & 8) {
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
-          uint4 w = *(const uint4*)(p + q * 512);
-          c[4 * q] = w.x, c[4 * q + 1] = w.y, c[4 * q + 2] = w.z, c[4 * q + 3] = w.w;
-        }
-      }
-      if (width & 4) {
+  for (int i = 0; i < 16; i++) c[i] = 0;
+  if (width & 8) {
 #pragma unroll
-        for (int q = 0; q < 2; q++) {
-          uint4 w = *(const uint4*)(p + q * 512);
-          const u32 v[4] = {w.x, w.y, w.z, w.w};
+    for (int q = 0; q < 4; q++) {
+      const uint4 w = *(const uint4*)(p + q * 512);
+      c[4 * q] = w.x, c[4 * q + 1] = w.y, c[4 * q + 2] = w.z, c[4 * q + 3] = w.w;
+    }
+  }
+  if (width & 4) {
 #pragma unroll
-          for (int i = 0; i < 4; i++) c[4 * q + i] = v[i] & 0x0f0f0f0fu, c[8 + 4 * q + i] = v[i] >> 4 & 0x0f0f0f0fu;
-        }
-      }
-      if (width & 2) {
-        uint4 w = *(const uint4*)(p + (width & 4) * 256);
-        if (width & 4) two<4>(c, w); else two<0>(c, w);
-      }
-      if (width & 1) {
-        uint2 w = *(const uint2*)(p + (width & 6) * 256 - lane * 8);
-        if (width & 4) one<4>(c, w); else if (width & 2) one<2>(c, w); else one<0>(c, w);
-      }
+    for (int q = 0; q < 2; q++) {
+      const uint4 w = *(const uint4*)(p + q * 512);
+      const u32 v[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[4 * q + i] = v[i] & 0x0f0f0f0fu, c[8 + 4 * q + i] = v[i] >> 4 & 0x0f0f0f0fu;
+    }
+  }
+  if (width & 2) {
+    const uint4 w = *(const uint4*)(p + (width & 4) * 256);
+    if (width & 4) two<4>(c, w); else two<0>(c, w);
+  }
+  if (width & 1) {
+    const uint2 w = *(const uint2*)(p + (width & 6) * 256 - lane * 8);
+    if (width & 4) one<4>(c, w); else if (width & 2) one<2>(c, w); else one<0>(c, w);
+  }
 }
 
-// Half an item's groups. Shared memory: barriers (activations; one of each warp), labels and nibbles, records, codes.
+// Of b in shared memory: the first k and column, and how far the next 16 k and the next 8 columns are.
+template <int BT>
+DEV unsigned long long descriptor(u32 first) {
+  return (first & 0x3ffff) >> 4 | (unsigned long long)(D * BT * 128 >> 4) << 16 | (unsigned long long)(128 >> 4) << 32;
+}
+
+// F items of the same groups, W warps each, and a warp that copies. Shared memory: barriers (of the ring's records,
+// full and free; of each warp's codes), labels and nibbles, units and sums of x, the ring, codes. Only `wgmma` reads
+// the ring: what threads themselves read there, a copy into it could overtake, unless a fence of both proxies came
+// between.
 template <int BT>
 DEV void large(const Args& a) {
-  constexpr int REC = rec_large(BT);
+  constexpr int REC = rec_large(BT), UNITS = BT * 64;
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
-  const int item = blockIdx.x >> 1, half = blockIdx.x & 1, sg = item / a.splits, ks = item % a.splits;
-  const int all = (ks + 1) * a.groups / a.splits - ks * a.groups / a.splits;
-  const int j0 = half ? all / 2 : 0, n = half ? all - j0 : all / 2, g0 = ks * a.groups / a.splits + j0;
-  const int most = (a.deep + 1) / 2;
-  const u32 xoff = 128 + W * most * 16, coff = (xoff + most * REC + 127) & ~127u;
-  const int at = item * W + warp;
-  const int4 e = __ldg(a.table + at);
-  const int less = half ? e.y >> 16 : 0, units = half ? (e.y & 65535) - less : e.y >> 16;
-  const int place = half ? e.w >> 16 : e.w & 65535;
-  const u32 bar = sm(s) + 8 + warp * 8;
-  if (lane == 0) {
-    bar_init(bar);
-    if (warp == 0) bar_init(sm(s));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    bar_expect(bar, n * 16 + units * 256);
-    if (units) bulk(sm(s) + coff + place * 256, a.codes + ((size_t)e.x + less) * 256, units * 256, bar);
-    if (n) bulk(sm(s) + 128 + warp * most * 16, a.meta + (size_t)at * a.deep + j0, n * 16, bar);
-  }
-  gdc_launch();
-  gdc_wait();
+  const int ks = blockIdx.x % a.splits, sg0 = blockIdx.x / a.splits * F, items = min(F, a.strips - sg0);
+  const int g0 = ks * a.groups / a.splits, n = (ks + 1) * a.groups / a.splits - g0;
+  const u32 uoff = 128 + F * W * a.deep * 16, xoff = (uoff + a.deep * UNITS + 127) & ~127u, coff = xoff + S * REC;
+  const u32 full = sm(s), free = full + S * 8, loaded = free + S * 8;
   if (tid == 0) {
-    bar_expect(sm(s), n * REC);
-    if (n) bulk(sm(s) + xoff, a.rec + (size_t)g0 * REC, n * REC, sm(s));
+    for (int i = 0; i < S; i++) bar_init(full + i * 8), bar_init(free + i * 8, items * W);
+    for (int i = 0; i < F * W; i++) bar_init(loaded + i * 8);
+    bar_init_done();
   }
   __syncthreads();
-  const u8* codes = s + coff + (place - less) * 256;
-  const uint4* meta = (const uint4*)(s + 128) + warp * most;
-  bar_wait(sm(s));
-  bar_wait(sm(s) + 8 + warp * 8);
+  gdc_launch();
+  u32 stage = 0, parity = 0;  // of the ring
+  if (warp == F * W) {
+    if (lane < items * W) {
+      const int at = ((sg0 + lane / W) * a.splits + ks) * W + lane % W;
+      const int4 e = __ldg(a.table + at);
+      const u32 bar = loaded + lane * 8, to = sm(s) + coff + (lane / W * a.most + e.w) * 256;
+      bar_expect(bar, n * 16 + e.y * 256);
+      if (e.y) bulk(to, a.codes + (size_t)e.x * 256, e.y * 256, bar);
+      bulk(sm(s) + 128 + lane * a.deep * 16, a.meta + (size_t)at * a.deep, n * 16, bar);
+    }
+    gdc_wait();
+    if (lane) return;
+    for (int j = 0; j < n; j++) {
+      const u32 bar = full + stage * 8;
+      bar_wait(free + stage * 8, parity ^ 1);  // returns at once for a record not yet used
+      bar_expect(bar, REC + (j ? 0 : n * UNITS));
+      if (!j) bulk(sm(s) + uoff, a.rec + (size_t)a.groups * REC + g0 * UNITS, n * UNITS, bar);
+      bulk(sm(s) + xoff + stage * REC, a.rec + (size_t)(g0 + j) * REC, REC, bar);
+      if (++stage == S) stage = 0, parity ^= 1;
+    }
+    return;
+  }
+  const int mine = warp / W, sg = sg0 + mine, at = (sg * a.splits + ks) * W + warp % W;
+  if (mine >= items) return;
+  const u8* codes = s + coff + (mine * a.most + __ldg(a.table + at).w) * 256;
+  const uint4* meta = (const uint4*)(s + 128) + warp * a.deep;
+  gdc_wait();
+  bar_wait(loaded + warp * 8);
   float acc[BT][4] = {};
+  int k[D * BT * 4] = {};
 #pragma unroll 1
   for (int j = 0; j < n; j++) {
-    uint4 m = meta[j];
-    u32 width = m.z >> 8 & 15;
-    if (!width) continue;
-    const u8* p = codes + (m.z >> 16) * 256 + lane * 16;
+    const uint4 m = meta[j];
+    const u32 width = m.z >> 8 & 15;
     u32 c[16];
-    unpack(c, p, width, lane);
+    unpack(c, codes + (m.z >> 16) * 256 + lane * 16, width, lane);
+    bar_wait(full + stage * 8, parity);
+    wgmma_fence();
+    const u32 x = sm(s) + xoff + stage * REC;
+#pragma unroll
+    for (int q = 0; q < 4; q++) wgmma(k, c + 4 * q, descriptor<BT>(x + q * D * BT * 256), q > 0);
+    wgmma_wait(k);
+    if (lane == 0) bar_arrive(free + stage * 8);
+    if (++stage == S) stage = 0, parity ^= 1;
+    if (!width) continue;
     float s0, s1;
     int m0, m1;
     steps(m, g, a.base, s0, s1, m0, m1, width);
     const float mf0 = 0.5f * m0, mf1 = 0.5f * m1;
-    const u8* xr = s + xoff + j * REC;
+    const float4* units = (const float4*)(s + uoff + j * UNITS) + t;  // of rows 2t, 2t + 1
 #pragma unroll
     for (int bt = 0; bt < BT; bt++) {
-      int k[D][4];
-#pragma unroll
-      for (int d = 0; d < D; d++) {
-        const u8* o = xr + (bt * D + d) * 1024 + lane * 16;
-        uint4 xa = *(const uint4*)o, xb = *(const uint4*)(o + 512);
-#pragma unroll
-        for (int i = 0; i < 4; i++) k[d][i] = 0;
-        mma(k[d], c[0], c[1], c[2], c[3], xa.x, xa.y);
-        mma(k[d], c[4], c[5], c[6], c[7], xa.z, xa.w);
-        mma(k[d], c[8], c[9], c[10], c[11], xb.x, xb.y);
-        mma(k[d], c[12], c[13], c[14], c[15], xb.z, xb.w);
-      }
-      const float4 un = *(const float4*)(xr + D * BT * 1024 + bt * 64 + t * 16);  // of columns 2t, 2t + 1
+      const float4 un = units[bt * 4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        float f = (float)(k[0][i] * 256 + k[1][i]);  // at most 2^30 + 2^22
-        f = f * 256.f + (float)k[2][i];
+        const int* digit = k + bt * 4 + i;
+        float f = (float)(digit[0] * 256 + digit[BT * 4]);  // at most 2^30 + 2^22
+        f = f * 256.f + (float)digit[BT * 8];
         acc[bt][i] += (i & 2 ? s1 : s0) * (f * (i & 1 ? un.z : un.x) + (i & 2 ? mf1 : mf0) * (i & 1 ? un.w : un.y));
       }
     }
   }
-  float* own = a.partial + ((size_t)blockIdx.x * W + warp) * 16 * BT * 8;
+  float* own = a.partial + (size_t)at * 16 * BT * 8;
 #pragma unroll
   for (int bt = 0; bt < BT; bt++)
 #pragma unroll
     for (int i = 0; i < 4; i++) __stcg(own + (bt * 8 + 2 * t + (i & 1)) * 16 + (i >> 1) * 8 + g, acc[bt][i]);
-  finish<BT * 8, 2>(a, sg, tid);
+  finish<BT * 8>(a, sg, tid % (W * 32), mine);
 }
 
 // --- decoding ------------------------------------------------------------------------------------------------------
@@ -487,6 +554,7 @@ DEV void dense(const Args& a) {
   const int g0 = ks * a.groups / a.splits, n = (ks + 1) * a.groups / a.splits - g0;
   const int at = blockIdx.x * W + warp;
   const u8* codes = a.codes + (size_t)__ldg(a.table + at).x * 256;
+  gdc_wait();  // for the zeros in y
   for (int j = 0; j < n; j++) {
     const uint4 m = __ldg(a.meta + (size_t)at * a.deep + j);
     const u32 width = m.z >> 8 & 15;
@@ -511,14 +579,15 @@ DEV void dense(const Args& a) {
 
 // --- the kernels, by rows of activations ---------------------------------------------------------------------------
 
-#define KERNEL(name, body) \
-  extern "C" __global__ void __launch_bounds__(W * 32) name(const Args a) { body; }
-KERNEL(prepare_1, (prepare<1, 1>(a)))
-KERNEL(prepare_2, (prepare<2, 1>(a)))
-KERNEL(prepare_8, (prepare<0, 1>(a)))
-KERNEL(prepare_16, (prepare<0, 2>(a)))
-KERNEL(multiply_1, small<1>(a))
-KERNEL(multiply_2, small<2>(a))
-KERNEL(multiply_8, large<1>(a))
-KERNEL(multiply_16, large<2>(a))
-KERNEL(decode, dense(a))
+#define KERNEL(name, bounds, body) extern "C" __global__ void __launch_bounds__ bounds name(const Args a) { body; }
+KERNEL(prepare_1, (W * 32), (prepare<1, 1>(a)))
+KERNEL(prepare_2, (W * 32), (prepare<2, 1>(a)))
+KERNEL(prepare_8, (W * 32), (prepare<0, 1>(a)))
+KERNEL(prepare_16, (W * 32), (prepare<0, 2>(a)))
+KERNEL(multiply_1, (W * 32), small<1>(a))
+KERNEL(multiply_2, (W * 32), small<2>(a))
+// 2 blocks on a multiprocessor. A quarter of it holds every fourth warp, so that 9 warps take the room of 12: at most
+// 80 registers. (With 94, 4096 x 11008 and 16 rows took 26 us in place of 21.)
+KERNEL(multiply_8, ((F * W + 4) * 32, 2), large<1>(a))
+KERNEL(multiply_16, ((F * W + 4) * 32, 2), large<2>(a))
+KERNEL(decode, (W * 32), dense(a))

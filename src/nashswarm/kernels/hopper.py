@@ -30,16 +30,18 @@ SOURCE = Path(__file__).with_name("hopper.cu")
 CAPABILITY = (9, 0)
 ROWS, COLUMNS = 16, 128  # of tiles
 UNIT = ROWS * COLUMNS // 8  # bytes of a plane of one bit
-STRIPS = 4  # of an item: a block's warps
+STRIPS = 4  # of an item, each of a warp
+FEW = 2  # rows of activations up to which a block has one item
+ITEMS, RING = 2, 3  # of a block above that; records of activations that it holds
 # Groups of columns in an item. On an H100, batch 1, us by depth at 4 bits and at 3.25: 4096 x 11008: 8: 14.5 and 14.5,
-# 11: 13.4 and 13.1; 11008 x 4096: 8: 14.1 and 13.6, 11: 12.7 and 12.7. With 16 rows 8 is 2 to 6 % better.
+# 11: 13.4 and 13.1; 11008 x 4096: 8: 14.1 and 13.6, 11: 12.7 and 12.7. 16 rows, 4096 x 11008: 8: 23.1, 11: 21.5 us.
 SHALLOW, DEEP = 8, 11
 AT_ONCE, PROCESSORS = 4, 132  # items of DEEP groups that a multiprocessor holds, at 4 bits; multiprocessors
 DIGITS = 3
 SIZES = (1, 2, 8, 16)  # rows of activations that kernels are made for
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 AT_A_TIME = 4096  # tiles whose codes are re-ordered at once: 8 MiB
-LARGEST_SHARED = 200 << 10  # bytes; items of 11 groups of 8 bits, 2 rows, take 100 KiB
+LARGEST_SHARED = 226 << 10  # bytes, about what there is; 2 items of 11 groups of 8 bits, with 16 rows, take 197 KiB
 # Of the driver's interface: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 SHARED_SIZE, PROGRAMMATIC = 8, 6
@@ -52,7 +54,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "meta", "table", "order", "arrived", "x", "y", "rec")),
         ("partial", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("base", "out", "nin", "batch", "groups", "strips", "splits", "deep")),
-        ("kind", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("most", "kind")),
     )
 
 
@@ -187,19 +189,22 @@ def multiply(loaded: Kernels, arrays: dict[str, Tensor], shape: tuple[int, int],
         return y
     size = next(size for size in SIZES if batch <= size)
     slots, deep, _ = arrays["meta"].shape
-    items, record, parts = slots // STRIPS, record_bytes(size), blocks(size)
-    splits, most = -(-groups // deep), int(arrays["most"][parts - 1])
-    strips = items // splits
-    ends = [*accumulate((groups * record, slots * parts * ROWS * size * 4, strips * 4))]
+    splits, most = -(-groups // deep), int(arrays["most"])
+    strips = slots // STRIPS // splits
+    ends = [*accumulate((groups * record_bytes(size), slots * ROWS * size * 4, strips * 4))]
     scratch = torch.empty(ends[-1], dtype=torch.uint8, device=x.device)
     at = scratch.data_ptr()
     args = _args(arrays, shape, base, x, y)
     args.rec, args.partial, args.arrived = at, at + ends[0], at + ends[1]
-    args.batch, args.strips = batch, strips
+    args.batch, args.strips, args.most = batch, strips, most
     rows = min(size, STRIPS)  # of activations in a block
+    if size <= FEW:
+        blocks, warps = strips * splits, STRIPS
+    else:
+        blocks, warps = -(-strips // ITEMS) * splits, ITEMS * STRIPS + 1  # one of which copies
     with torch.cuda.device(x.device):
         loaded.start(f"prepare_{size}", (groups, size // rows), (32, rows), 0, args)
-        loaded.start(f"multiply_{size}", (items * parts, 1), (32 * STRIPS, 1), shared_bytes(size, deep, most), args)
+        loaded.start(f"multiply_{size}", (blocks, 1), (32 * warps, 1), shared_bytes(size, deep, most), args)
     return y
 
 
@@ -215,19 +220,15 @@ def decode(loaded: Kernels, arrays: dict[str, Tensor], shape: tuple[int, int], b
 
 def record_bytes(size: int) -> int:
     """Of a group's activations, up to `size` rows; as in hopper.cu."""
-    return size * DIGITS * COLUMNS + (48 if size <= 2 else size * 8)
-
-
-def blocks(size: int) -> int:
-    """Of an item."""
-    return 1 if size <= 2 else 2
+    return size * DIGITS * COLUMNS + (48 if size <= FEW else size * 8)
 
 
 def shared_bytes(size: int, deep: int, most: int) -> int:
-    """Of a block; as hopper.cu lays it out. `most`: units of the largest item, above 2 rows of half of one."""
-    groups = -(-deep // blocks(size))
-    head = 256 + STRIPS * groups * 68 + 16 if size <= 2 else 128 + STRIPS * groups * 16
-    return head + groups * record_bytes(size) + 128 + most * UNIT
+    """Of a block; as hopper.cu lays it out. `most`: units of the largest item."""
+    if size <= FEW:
+        return 256 + STRIPS * deep * 68 + 16 + deep * record_bytes(size) + 128 + most * UNIT
+    head = 128 + ITEMS * STRIPS * deep * 16 + deep * size * 8 + 127
+    return head + RING * size * DIGITS * COLUMNS + ITEMS * most * UNIT
 
 
 def _args(arrays: dict[str, Tensor], shape: tuple[int, int], base: int, x: Tensor, y: Tensor) -> _Args:
@@ -251,8 +252,7 @@ def depth(strips: int, groups: int) -> int:
 def layout(
     arrays: dict[str, np.ndarray], shape: tuple[int, int], device: torch.device, deep: int | None = None
 ) -> dict[str, Tensor]:
-    """From those of `checked_arrays`; `most`, the units of the largest item and of the largest half
-    of one, stays on the processor.
+    """From those of `checked_arrays`; `most`, the units of the largest item, stays on the processor.
 
     `deep`, at most 11, else that of `depth`.
     """
@@ -271,9 +271,9 @@ def layout(
     to[order] = np.cumsum(widths[order]) - widths[order]  # unit where a tile goes
     half = j < np.diff(bounds)[split] // 2
     units, early = (np.bincount(slot, of, slots).astype(np.int64) for of in (widths, widths * half))
-    late = units - early
-    before, before_early, before_late = (_before(of) for of in (units, early, late))
-    table = np.stack([np.cumsum(units) - units, units | early << 16, before, before_early | before_late << 16], 1)
+    items = units.reshape(-1, STRIPS)
+    before = np.cumsum(items, 1) - items
+    table = np.stack([np.cumsum(units) - units, units, early, before.reshape(-1)], 1)
     wide = np.zeros((slots, -(-groups // splits)), np.int64)
     wide[slot, j] = widths
     meta = np.zeros((*wide.shape, 4), np.uint32)
@@ -285,19 +285,8 @@ def layout(
         "meta": torch.from_numpy(meta.view(np.int32)).to(device),
         "table": torch.from_numpy(table.astype(np.int32)).to(device),
         "order": torch.from_numpy(arrays["order"]).to(device),
-        "most": torch.tensor([max(_largest(of) for of in parts) for parts in ([units], [early, late])]),
+        "most": torch.tensor(items.sum(1).max()),
     }
-
-
-def _before(units: np.ndarray) -> np.ndarray:
-    """Of slots, the units of those before them in their item."""
-    items = units.reshape(-1, STRIPS)
-    before: np.ndarray = (np.cumsum(items, 1) - items).reshape(-1)
-    return before
-
-
-def _largest(units: np.ndarray) -> int:
-    return int(units.reshape(-1, STRIPS).sum(1).max())
 
 
 def _codes(codes: np.ndarray, widths: np.ndarray, to: np.ndarray, device: torch.device) -> Tensor:

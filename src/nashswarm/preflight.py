@@ -107,6 +107,8 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
     inputs = [t.shape[1] for t in worst]
     wide = sum(t.shape[0] + t.shape[1] for t in worst) + 5 * _width(index)
     streams = 4 * prefix * wide + 48 * max(map(_square, inputs), default=0) * bool(prefix)
+    sides = [side for t in worst for side in t.shape]
+    factors = 32 * max(map(_square, sides), default=0) * market  # of both moments, float64, where rows interact
     codes = index.parameters if method.codec == "coded" else 0
     largest = max((t.weights for t in index.tensors), default=0)
     if method.codec == "source":  # nothing is written but where the original lies
@@ -115,7 +117,7 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
     rounding = index.parameters / ROUNDING_RATE if market else 0.0
     return Need(
         "pack",
-        BASE + _resident(index) + streams + codes + 24 * largest,
+        BASE + _resident(index) + streams + factors + codes + 24 * largest,
         3 * index.parameters * bits // 8,  # spool, payload, and what an interrupted run would go on from
         (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix) * seconds + rounding,
         f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -488,6 +489,30 @@ def test_the_same_text_gives_the_same_aims(walk_of: Callable[..., Propagation]) 
         walk = walk_of("opt")
         runs.append([take(walk, tensor, coarse).weight for tensor in walk.order()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_changes_a_walk_is_enough_to_make_it_anew(family: str, walk_of: Callable[..., Propagation]) -> None:
+    """As where a worker is lost: nothing was asked of its successor in between (`engine.Member`)."""
+    walk, changes = walk_of(family), list[Callable[[Propagation], object]]()
+    for tensor in walk.order():
+        weight = weight_of(walk, tensor)
+        if walk.reaches(tensor):
+            sums, successor = Sums(), walk_of(family)
+            for change in changes:
+                change(successor)
+            for one, other in zip(walk.compare(tensor, weight), successor.compare(tensor, weight), strict=True):
+                assert one is not None
+                assert other is not None
+                assert one[0] == other[0]
+                assert all(torch.equal(one[1][key], other[1][key]) for key in one[1])
+                sums.add(*one)
+            correction = sums.correction(weight, walk.has_bias(tensor))
+            changes.append(partial(Propagation.adopt, tensor=tensor, correction=correction))
+            changes[-1](walk)
+            weight = correction.aim.weight
+        changes.append(partial(Propagation.settle, tensor=tensor, weight=coarse(weight)))
+        changes[-1](walk)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -116,7 +116,7 @@ class Propagation(Blocks):
     @torch.no_grad()
     def source(self, tensor: TensorSpec) -> str | None:
         """The first matrix that has its inputs, and hence its sums: queries, keys and values. None for a writer."""
-        self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
+        self._enter_at(tensor)
         own = self._inputs[tensor.name][:1]
         if tensor.name in self._streams or not own:
             return None
@@ -126,8 +126,10 @@ class Propagation(Blocks):
         """Whether a bias can follow the matrix."""
         return self._bias(tensor.name) is not None
 
+    @torch.no_grad()
     def adopt(self, tensor: TensorSpec, correction: Correction) -> None:
         """Move the bias with the aim, and remember what it takes to follow the rounding error."""
+        self._enter_at(tensor)  # what the original makes of the block is seen before anything in it moves
         bias = self._bias(tensor.name)
         if bias is not None:
             bias += correction.shift.to(bias.device)
@@ -168,6 +170,10 @@ class Propagation(Blocks):
         return tensor.name == self.index.head and tensor.kind != "embedding"
 
     # --- streams ---------------------------------------------------------------------------------------------------
+
+    def _enter_at(self, tensor: TensorSpec) -> None:
+        """Bring both streams to the block of a matrix that `reaches`, or behind all blocks."""
+        self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
 
     def _enter(self, layer: int) -> None:
         """Bring both streams to a block's input, and keep what the original makes of it."""
@@ -233,7 +239,7 @@ class Propagation(Blocks):
 
         None, and nothing more, where they are not the same tokens (routed experts).
         """
-        self._enter(tensor.layer if tensor.layer is not None else len(self.blocks))
+        self._enter_at(tensor)
         name, originals = tensor.name, self._inputs[tensor.name]
         if len(originals) != len(self.quantized):
             yield None

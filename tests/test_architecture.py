@@ -27,12 +27,13 @@ FOUNDATION: dict[str, set[str]] = {
     "patches": set(),
     "trellis": {"jit", "patches", "rans"},
     "entropy": {"rans", "trellis"},
-    "feedback": {"patches", "types"},
+    "feedback": {"patches", "threads", "types"},
     "clipped": {"jit", "patches"},
     "processes": set(),
+    "threads": set(),
     "tooling": {"bitpack", "processes", "types"},
 }
-FOR_SCRIPTS = {"processes", "types"}  # of the foundation; for the rest, the library stands between
+FOR_SCRIPTS = {"processes", "threads", "types"}  # of the foundation; for the rest, the library stands between
 COMMAND = "cli"  # the program over the library: it prints, reads a user's method file, and is nobody's import
 # Modules that compute with torch. Whatever imports one of them needs torch too; everything else must start without.
 TORCH = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from test_feedback import COLUMNS, ROWS, job
 
 from nashswarm import clipped, feedback
+from nashswarm.patches import Patch
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -45,17 +45,23 @@ def test_zeros_have_the_least_step() -> None:
 @pytest.mark.parametrize("interact", [False, True])
 @pytest.mark.parametrize("size", [COLUMNS, 24])
 @pytest.mark.parametrize("edges", [[0, ROWS], [0, 7, 20, ROWS]])
-def test_patches_are_one_element_after_the_other(interact: bool, size: int, edges: list[int]) -> None:
-    """In float64, as `Patch` says: what is handed on by any cut into patches is the same to rounding."""
+def test_patches_are_one_element_after_the_other(
+    interact: bool, size: int, edges: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, as `Patch` says: what is handed on by any cut into parts and patches is the same to rounding."""
+    monkeypatch.setattr(feedback, "PATCH", 20)
     task = job(interact)
     model = feedback.loss_model(task, "test", 0.01, 0.5, act_order=True)
     steps, halves, middles = np.full(ROWS, 0.2, np.float32), np.full(ROWS, 4.0, np.float32), np.zeros(ROWS, np.float32)
     steps[5] = 0
     found = np.empty((ROWS, COLUMNS), np.int64)
-    for group in feedback.groups(task.weight, model.columns, model.spread, size):
-        for patch in group.patches(edges):
+
+    def visit(part: feedback.Part) -> None:
+        for patch in part.patches():
             own = (values[patch.rows] for values in (steps, halves, middles))
             found[patch.rows[:, None], patch.columns] = clipped.round_patch(patch, *own).T
+
+    feedback.sweep(task.weight, model.columns, model.spread, size, edges, visit)
     values, upper = task.weight.double().numpy().copy(), model.columns.upper.double().numpy()
     order = np.arange(ROWS) if model.spread is None else model.spread.order.numpy()
     between = np.eye(ROWS) if model.spread is None else feedback.spread(model.spread).double().numpy()
@@ -78,8 +84,7 @@ def test_kernels_are_plain_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, power = normal(6, 70), np.abs(normal(6, seed=1))
 
     def results() -> list[np.ndarray]:
-        nearby = feedback.groups(torch.from_numpy(normal(70, 6)), feedback.factor(torch.eye(6).double(), "w"), None, 6)
-        patch = next(iter(next(iter(nearby)).patches([0, 70])))
+        patch = Patch.alone(normal(6, 70))
         grid = (np.full(70, value, np.float32) for value in (0.3, 2.0, 0.5))
         return [*clipped.search(groups, power, 2.0, 5), clipped.round_patch(patch, *grid), patch.values, patch.handed]
 

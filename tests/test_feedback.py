@@ -44,8 +44,7 @@ def rounded(weight: Tensor, model: feedback.LossModel, step: float) -> Tensor:
                 targets[r + 1 :] -= (targets[r] - float(found[r, column])) * spread[r, r + 1 :]
         return found[:, column].clone()
 
-    for group in feedback.groups(weight, model.columns, None, 24):
-        group.round_columns(quantize)
+    feedback.sweep(weight, model.columns, None, 24, [0, len(weight)], lambda part: part.round_columns(quantize))
     return found
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm.patches import Patch
+from nashswarm.patches import PATCH, Patch
+from nashswarm.threads import in_step
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
@@ -180,25 +181,21 @@ def loss_model(job: Job, codec: str, input_damping: float, output_damping: float
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Columns next to each other in rounding order, all their rows, as the errors of those before left them."""
+class Part:
+    """Columns and rows next to each other in rounding order, as the errors of those before left them."""
 
-    columns: Tensor  # int64 [C], in the matrix
-    rows: Tensor  # int64 [out], in rounding order
-    values: Tensor  # float32 [C, out], rows in rounding order
+    columns: np.ndarray  # int64 [C], in the matrix
+    rows: np.ndarray  # int64 [R], in the matrix
+    place: tuple[int, int]  # of the first column and the first row
+    values: Tensor  # float32 [C, R]; becomes what is handed on to later columns
+    handed: Tensor  # float32 [C, R]; becomes what is handed on to later rows
     upper: Tensor  # float32 [C, C]
-    spread: Tensor | None  # float32 [out, out]
-
-    def weight(self) -> Tensor:
-        """The values with rows in the matrix's own order, float32 [C, out]."""
-        found = torch.empty_like(self.values)
-        found[:, self.rows] = self.values
-        return found
+    spread: Tensor | None  # float32 [R, R], where rows interact
 
     def round_columns(self, quantize: Callable[[int, Tensor], Tensor]) -> None:
         """Round one column after the other, where rows do not interact.
 
-        Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [out], and keeps its codes.
+        Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [R], and keeps its codes.
         """
         pivots = self.upper.diagonal().tolist()
         for i, column in enumerate(self.columns.tolist()):
@@ -206,39 +203,63 @@ class Group:
             error.sub_(quantize(column, error)).div_(pivots[i])
             self.values[i + 1 :].addr_(self.upper[i, i + 1 :], error, alpha=-1)
 
-    def patches(self, edges: Sequence[int]) -> Iterator[Patch]:
-        """Patches of the rows between two `edges` each, places in rounding order; at most PATCH where they interact."""
-        handed, upper = torch.zeros_like(self.values), self.upper.contiguous().numpy()
-        columns, rows = self.columns.numpy(), self.rows.numpy()
-        near = np.zeros((0, 0), np.float32)
-        for first, last in pairwise(edges):
+    def patches(self, most: int = PATCH) -> Iterator[Patch]:
+        """In turn, each to be rounded before the next, of so many rows; no more than PATCH where they interact."""
+        near, count = np.zeros((0, 0), np.float32), len(self.rows)
+        for first in range(0, count, most):
+            here = slice(first, min(first + most, count))
+            own, taken = (whole[:, here].contiguous() for whole in (self.values, self.handed))
             if self.spread is not None:
-                near = self.spread[first:last, first:last].contiguous().numpy()
-            own, taken = (whole[:, first:last].contiguous() for whole in (self.values, handed))
-            yield Patch(columns, rows[first:last], first, own.numpy(), taken.numpy(), upper, near)
-            self.values[:, first:last] = own
-            if self.spread is not None and last < len(self.rows):
-                handed[:, last:].addmm_(taken, self.spread[first:last, last:])
+                near = self.spread[here, here].contiguous().numpy()
+            place, upper = self.place[1] + first, self.upper.numpy()
+            yield Patch(self.columns, self.rows[here], place, own.numpy(), taken.numpy(), upper, near)
+            self.values[:, here], self.handed[:, here] = own, taken
+            if self.spread is not None and here.stop < count:
+                self.handed[:, here.stop :].addmm_(taken, self.spread[here, here.stop :])
 
 
-def groups(weight: Tensor, columns: Factor, rows: Factor | None, size: int) -> Iterator[Group]:
-    """The columns of `weight`, float32 [out, in], by `size` in rounding order, to be rounded in place before the next.
+def sweep(
+    weight: Tensor,
+    columns: Factor,
+    rows: Factor | None,
+    size: int,
+    edges: Sequence[int],
+    visit: Callable[[Part], None],
+) -> None:
+    """Round `weight`, float32 [out, in], part by part: `size` columns and the rows between two `edges` each.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
     rounding error of an element after those before it, in its column and in columns before, have handed theirs on
-    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Errors go from patch to patch as matrix products.
+    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Errors go from part to part as matrix products.
 
-    Arguments: `rows`, None where rows do not interact.
+    A part waits for those of the columns before in its rows, and of the rows before in its columns. So while one thread
+    goes down the rows of some columns, the next follows it down the next columns: `visit`, which rounds a part in
+    place, is called by as many threads as torch has, products in each are of one thread, and the results are the same.
+
+    Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows.
     """
     order = torch.arange(len(weight)) if rows is None else rows.order
     rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous
-    between = None if rows is None else spread(rows)
-    for start in range(0, len(rest), size):
+    between, spans = None if rows is None else spread(rows), list(pairwise(edges))
+
+    def descend(start: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
+        """Round columns from `start` on, not below the rows that the columns before have reached."""
         stop = min(start + size, len(rest))
-        errors = rest[start:stop]
-        yield Group(columns.order[start:stop], order, errors, columns.upper[start:stop, start:stop], between)
-        if stop < len(rest):
-            rest[stop:].addmm_(columns.upper[start:stop, stop:].T, errors, alpha=-1)
+        upper, errors = columns.upper[start:stop, start:stop].contiguous(), rest.new_zeros(stop - start, len(weight))
+        for first, last in spans:
+            wait()
+            values, handed = rest[start:stop, first:last].contiguous(), errors[:, first:last].contiguous()
+            values.addmm_(columns.upper[:start, start:stop].T, rest[:start, first:last], alpha=-1)
+            near = None
+            if between is not None:
+                near = between[first:last, first:last]
+                torch.mm(errors[:, :first], between[:first, first:last], out=handed)
+            found = columns.order[start:stop].numpy(), order[first:last].numpy()
+            visit(Part(*found, (start, first), values, handed, upper, near))
+            rest[start:stop, first:last], errors[:, first:last] = values, handed
+            done()
+
+    in_step(descend, range(0, len(rest), size), len(spans))
 
 
 def spread(found: Factor) -> Tensor:

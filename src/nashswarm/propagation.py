@@ -377,6 +377,7 @@ class Sums:
         if self.folds[1]:
             rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
             systems = [_system(sums, weight, centered, torch.from_numpy(rows))[:2] for sums in self.folds]
+            systems = [(moment.float(), product.float()) for moment, product in systems]  # to choose by
             errors = [sum(_held_out(_regress(*systems[f], ridge), *systems[1 - f]) for f in (0, 1)) for ridge in RIDGES]
             ridge = RIDGES[int(np.argmin(errors))]
         moment, product, mean, target = _system(self.total(), weight, centered)
@@ -404,7 +405,7 @@ def _system(
 
 
 def _regress(moment: Tensor, product: Tensor, ridge: float) -> Tensor:
-    """(moment + ridge)^-1 product, float64 [in, out]."""
+    """(moment + ridge)^-1 product, [in, out]; none where that cannot be factored."""
     damping = ridge * max(float(moment.diagonal().mean()), 1e-30)
     ridges = damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     lower, failed = torch.linalg.cholesky_ex(moment + ridges)

@@ -1,12 +1,15 @@
-"""How many threads torch computes with, how they wait, and that they compute alike."""
+"""How many threads torch computes with, how they wait, and that they compute alike; and threads of Python beside."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Semaphore
+from typing import TypeVar
 
+T = TypeVar("T")
 # What a model's layers take from libraries of vector mathematics.
 FIRST_CALLS = ("exp", "log", "tanh", "erf", "sigmoid", "sin", "cos", "rsqrt")
 
@@ -48,3 +51,39 @@ def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
         finally:
             torch.set_num_threads(torch.get_num_threads())  # new threads start with what was set last
+
+
+def in_step(work: Callable[[T, Callable[[], None], Callable[[], None]], None], items: Sequence[T], steps: int) -> None:
+    """work(item, wait, done) for every item, each of which follows the one before it, step by step.
+
+    `work` calls `wait` before each of its `steps`, which returns once the item before has come through the same one,
+    and `done` behind it. Items are worked on by as many threads as torch has here, which then let it compute with one
+    each. Raises what the first item that failed raised; those behind it are abandoned.
+    """
+    import torch
+
+    threads = min(torch.get_num_threads(), len(items), steps)
+    turns = [Semaphore(0) for _ in items]
+    failed: set[int] = set()
+
+    def follow(number: int) -> None:
+        def wait() -> None:
+            if number:
+                turns[number - 1].acquire()
+                if number - 1 in failed:
+                    raise RuntimeError("what this follows has failed")
+
+        try:
+            work(items[number], wait, turns[number].release)
+        except BaseException:
+            failed.add(number)
+            turns[number].release(steps)
+            raise
+
+    if threads < 2:
+        for number in range(len(items)):
+            follow(number)
+        return
+    with single_threads(threads) as pool:
+        for ended in [pool.submit(follow, number) for number in range(len(items))]:
+            ended.result()

@@ -34,8 +34,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         codes[column] = found.to(torch.uint8)
         return (found - zero) * scale.float()
 
-    for columns in feedback.groups(job.weight, feedback.factor(moment, job.tensor.name), None, feedback.BLOCK):
-        columns.round_columns(quantize)
+    factor, edges = feedback.factor(moment, job.tensor.name), [0, len(job.weight)]
+    feedback.sweep(job.weight, factor, None, feedback.BLOCK, edges, lambda part: part.round_columns(quantize))
     grids = (scales, None if settings.symmetric else zeros)
     return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), *grids, bits, group)
 

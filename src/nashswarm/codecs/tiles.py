@@ -45,7 +45,6 @@ from torch import Tensor
 from nashswarm import clipped, feedback
 from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.clipped import STEPS_PER_OCTAVE
-from nashswarm.patches import PATCH
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
@@ -69,6 +68,7 @@ OUTPUT_DAMPING = 0.5
 # quadratic model holds for dead. On the reference model, rise in loss by BEYOND at 2.5 and at 3.25 bits: 0: 0.375 and
 # 0.100, 4: 0.259 and 0.077, 8: 0.262 and 0.078.
 BEYOND = 4.0
+APART = 1024  # rows that are rounded together where they do not interact
 CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 
 
@@ -259,17 +259,22 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
     out = cut.shape[0]
-    edges = [*range(0, out, PATCH), out]
-    for k, group in enumerate(feedback.groups(weight, model.columns, model.spread, cut.columns)):
-        own = np.repeat(widths[:, k], cut.rows)[:out]
-        here = slice(k * cut.columns, k * cut.columns + len(group.columns))
-        found = _fit_tiles(group.weight().numpy(), power[here], own, cut.rows)
-        tile[:, k], row[:, k] = found
-        steps = _steps(*found, -OFFSET).reshape(-1)[:out]
-        halves, middles = _half(own) * (steps > 0), _middles(*found).reshape(-1)[:out]
-        for patch in group.patches(edges):
-            own = patch.rows
-            codes[here, own] = clipped.round_patch(patch, steps[own], halves[own], middles[own]) + halves[own]
+    high = out if model.spread is not None else cut.rows * max(1, APART // cut.rows)  # rows in order: a strip is whole
+
+    def visit(part: feedback.Part) -> None:
+        (column, first), count = part.place, len(part.rows)
+        k, strips = column // cut.columns, slice(first // cut.rows, -(-(first + count) // cut.rows))
+        here, own = slice(column, column + len(part.columns)), np.repeat(widths[strips, k], cut.rows)[:count]
+        values = torch.empty_like(part.values)
+        values[:, part.rows - first] = part.values
+        tile[strips, k], row[strips, k] = found = _fit_tiles(values.numpy(), power[here], own, cut.rows)
+        steps = _steps(*found, -OFFSET).reshape(-1)[:count]
+        halves, middles = _half(own) * (steps > 0), _middles(*found).reshape(-1)[:count]
+        for patch in part.patches():
+            at = patch.rows - first
+            codes[here, patch.rows] = clipped.round_patch(patch, steps[at], halves[at], middles[at]) + halves[at]
+
+    feedback.sweep(weight, model.columns, model.spread, cut.columns, [*range(0, out, high), out], visit)
     places = _file_order(widths)
     index = np.searchsorted(TILE_WIDTHS, widths)
     order = model.columns.order.numpy()

@@ -1,0 +1,72 @@
+"""Threads beside each other: each follows the one before it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from nashswarm.threads import in_step
+
+Step = Callable[[], None]
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("items", "steps"), [(0, 3), (1, 3), (4, 1), (7, 30)])
+def test_nobody_overtakes(threads: int, items: int, steps: int) -> None:
+    places, seen = [0] * items, set()
+
+    def work(number: int, wait: Step, done: Step) -> None:
+        seen.add(threading.get_ident())
+        assert torch.get_num_threads() == (1 if threads > 1 and min(items, steps) > 1 else threads)
+        for step in range(steps):
+            wait()
+            assert number == 0 or places[number - 1] > step
+            places[number] += 1
+            done()
+
+    in_step(work, range(items), steps)
+    assert places == [steps] * items
+    assert len(seen) <= max(1, min(threads, items, steps))
+    assert torch.get_num_threads() == threads
+
+
+def test_two_work_at_once() -> None:
+    """Each step of the second needs the first to be a step ahead, and the other way round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    meet = threading.Barrier(2, timeout=20)
+
+    def work(number: int, wait: Step, done: Step) -> None:
+        for step in range(4):
+            wait()
+            if 0 < step + number < 4:
+                meet.wait()
+            done()
+
+    try:
+        in_step(work, range(2), 4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_the_first_raised_is_raised(threads: int) -> None:
+    def work(number: int, wait: Step, done: Step) -> None:
+        for step in range(9):
+            wait()
+            if (number, step) in {(2, 4), (4, 1)}:
+                raise ValueError(f"{number} failed")
+            done()
+
+    with pytest.raises(ValueError, match=r"^2 failed$"):
+        in_step(work, range(6), 9)
+    assert torch.get_num_threads() == threads

@@ -29,6 +29,7 @@ from nashswarm.engine import AHEAD, Engine, Local, Ray, make_engine
 from nashswarm.loading import open_for_evaluation
 from nashswarm.models import describe, load_streamed
 from nashswarm.statistics import gather
+from nashswarm.threads import crew, set_crew
 from nashswarm.types import InputError, NashSwarmError, Statistics, TokenizedSplit
 
 ray = pytest.importorskip("ray")
@@ -111,6 +112,21 @@ def test_tasks_at_once_compute_with_one_thread(at_once: bool, threads: int, clus
                 assert pool.submit(torch.get_num_threads).result() == CORES
     finally:
         torch.set_num_threads(before)
+
+
+def crew_here(_: object) -> int:
+    return crew()
+
+
+def test_a_task_that_is_alone_has_the_cores_of_its_node(cluster: Any) -> None:
+    one = Ray(Compute(1, "ray", cluster.address))
+    try:
+        for alone, expected in ((True, CORES), (False, 1), (True, CORES)):
+            assert list(one.map(crew_here, one.share(object), [()], alone=alone)) == [expected]
+        assert crew() == CORES  # of the driver, for which workers wait
+    finally:
+        set_crew(0)
+    assert crew() == torch.get_num_threads()
 
 
 def test_both_nodes_work(cluster: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nashswarm.threads import in_step
+from nashswarm.threads import crew, in_step, set_crew, side_by_side
 
 Step = Callable[[], None]
 
@@ -69,4 +69,22 @@ def test_what_the_first_raised_is_raised(threads: int) -> None:
 
     with pytest.raises(ValueError, match=r"^2 failed$"):
         in_step(work, range(6), 9)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_crew_is_as_large_as_is_said(threads: int) -> None:
+    assert crew() == threads
+    meet = threading.Barrier(3, timeout=20)
+
+    def work(number: int) -> int:
+        if number < 3:
+            meet.wait()
+        assert crew() == torch.get_num_threads() == 1
+        return -number
+
+    set_crew(3)
+    try:
+        assert side_by_side(work, range(7), 5) == [-number for number in range(7)]
+    finally:
+        set_crew(0)
     assert torch.get_num_threads() == threads

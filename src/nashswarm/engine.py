@@ -2,8 +2,9 @@
 
 A task is a function of this library with its arguments. What many tasks have in common (a model, say) is shared: it is
 made once in each process that runs them. Results come in the order of the items, whichever worker was first, and
-whoever adds them up does so in this order; every task computes with `compute.threads` threads, wherever it runs. What
-is large and only to be added up does not come: it is added on the workers, in the same order.
+whoever adds them up does so in this order. Wherever it runs, a task computes with `compute.threads` threads, or, where
+as many tasks as that run at once, with one. What is large and only to be added up does not come: it is added on the
+workers, in the same order.
 
 A worker that is lost takes its tasks with it: Ray runs them again elsewhere. What has a state of its own, which tasks
 have not, is a `Member`: its lasting calls are kept on disk, and made again on its successor.
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nashswarm.config import Compute
 from nashswarm.devices import resolve
 from nashswarm.folding import Apart, Folding, Here, Total, in_order
-from nashswarm.threads import set_threads, single_threads, wait_asleep
+from nashswarm.threads import set_crew, set_threads, single_threads, wait_asleep
 from nashswarm.types import NashSwarmError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ AHEAD = 2  # tasks under way for each slot: what bounds the object store
 FARTHER = 8  # the same of tasks that are given names and return a matrix' codes, or less
 RETRIES = 20  # of a task or a member whose worker is lost
 EXTRA = "engine: ray needs the package; pip install -c constraints.txt -e '.[ray]'"
+
+Place = tuple[int, str, bool]  # threads of a task, its directory, and whether all of its node's cores are for it
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +74,14 @@ class Engine(Protocol):
         items: Iterable[tuple[Any, ...]],
         at_once: bool = False,
         ahead: int = AHEAD,
+        alone: bool = False,
     ) -> Iterator[Any]:
         """function(shared, *item) for every item, in order.
 
         Arguments: `at_once`, for tasks which are numba for the most part, which uses one core: each computes with one
         thread, and as many of them run at the same time as there are threads. `ahead`, how many for each that runs may
-        be under way: with few, a long task holds up all that come behind it; with many, more results wait.
+        be under way: with few, a long task holds up all that come behind it; with many, more results wait. `alone`, for
+        a task that everything waits for: its crew (see `threads`) may have all cores of its node.
         """
 
     def fold(
@@ -117,6 +122,7 @@ class Local:
         items: Iterable[tuple[Any, ...]],
         at_once: bool = False,
         ahead: int = AHEAD,
+        alone: bool = False,
     ) -> Iterator[Any]:
         """As `Engine.map`."""
         if not at_once:
@@ -165,7 +171,7 @@ class Ray:
     def __init__(self, compute: Compute, device: str = "cpu") -> None:
         """Raises NashSwarmError where Ray is missing, where no cluster is found, or where no node has the cores."""
         self.threads, self.device, self.ray = compute.threads, device, _import_ray()
-        self.place = self.threads, os.getcwd()
+        self.place: Place = self.threads, os.getcwd(), False
         wait_asleep()
         own = {"include_dashboard": False} if compute.address is None else {"address": compute.address}
         try:
@@ -190,6 +196,7 @@ class Ray:
             self.device = "cuda" if with_gpus else "cpu"
         self.gpus = int(self.device == "cuda")  # of each task that runs a model
         self.slots = with_gpus if self.gpus else sum(wanted)
+        set_crew(max(self.threads, _node_cores()))  # while this process computes, workers wait
         if not self.slots:
             raise NashSwarmError(
                 f"compute.device: cuda, but no node of the cluster has a GPU and {self.threads} cores; set cpu, or add "
@@ -207,14 +214,15 @@ class Ray:
         items: Iterable[tuple[Any, ...]],
         at_once: bool = False,
         ahead: int = AHEAD,
+        alone: bool = False,
     ) -> Iterator[Any]:
         """As `Engine.map`."""
-        threads, directory = self.place
+        threads, directory, _ = self.place
         threads, slots = (1, threads * self.slots) if at_once else (threads, self.slots)
         call = self._remote(_task, function.__name__, threads, shared.gpus)
         under_way: deque[Any] = deque()
         for item in items:
-            under_way.append(call((threads, directory), shared, function, *item))
+            under_way.append(call((threads, directory, alone), shared, function, *item))
             if len(under_way) >= ahead * slots:
                 yield self.get(under_way.popleft())
         while under_way:
@@ -273,7 +281,7 @@ class _Shared:
 _made: dict[str, Any] = {}  # of this worker: what was shared last
 
 
-def _task(place: tuple[int, str], shared: _Shared, function: Callable[..., Any], *arguments: Any) -> Any:
+def _task(place: Place, shared: _Shared, function: Callable[..., Any], *arguments: Any) -> Any:
     _prepare(*place)
     if shared.key not in _made:
         _made.clear()  # what earlier tasks had in common is not needed again
@@ -282,13 +290,13 @@ def _task(place: tuple[int, str], shared: _Shared, function: Callable[..., Any],
 
 
 def _parted(
-    place: tuple[int, str], shared: _Shared, function: Callable[..., Any], keys: Sequence[Hashable], *arguments: Any
+    place: Place, shared: _Shared, function: Callable[..., Any], keys: Sequence[Hashable], *arguments: Any
 ) -> list[Any]:
     own, parts = _task(place, shared, function, *arguments)
     return [own, *in_order(parts, keys)]
 
 
-def _added(place: tuple[int, str], make: Callable[[], Total], last: bool, total: Total | None, *parts: Any) -> Any:
+def _added(place: Place, make: Callable[[], Total], last: bool, total: Total | None, *parts: Any) -> Any:
     """A total to which parts were added, or its result.
 
     Parts are there before the task starts: while one waited for them, Ray would give its cores to another task.
@@ -301,8 +309,8 @@ def _added(place: tuple[int, str], make: Callable[[], Total], last: bool, total:
 
 
 @lru_cache(maxsize=1)
-def _prepare(threads: int, directory: str) -> None:
-    """What a stage starts with, and where: paths may be relative. Done again only for another number or place."""
+def _prepare(threads: int, directory: str, alone: bool) -> None:
+    """What a stage starts with, and where: paths may be relative. Done again only for what is another `Place`."""
     os.chdir(directory)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nashswarm").setLevel(logging.INFO)
@@ -310,12 +318,20 @@ def _prepare(threads: int, directory: str) -> None:
         "ignore", message="The given NumPy array is not writable"
     )  # no task writes to its arguments
     set_threads(threads)
+    set_crew(max(threads, _node_cores()) if alone else threads)
+
+
+def _node_cores() -> int:
+    """Of the cluster's node that this process is on."""
+    ray = _import_ray()
+    own = ray.get_runtime_context().get_node_id()
+    return next(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == own)
 
 
 class _Host:
     """On a worker: the object, and its methods by name."""
 
-    def __init__(self, place: tuple[int, str], make: Callable[[], Any]) -> None:
+    def __init__(self, place: Place, make: Callable[[], Any]) -> None:
         _prepare(*place)
         self.lazy = _Lazy(make)  # made by the first call, which can hand on what is raised
 

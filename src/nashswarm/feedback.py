@@ -234,7 +234,7 @@ def sweep(
 
     A part waits for those of the columns before in its rows, and of the rows before in its columns. So while one thread
     goes down the rows of some columns, the next follows it down the next columns: `visit`, which rounds a part in
-    place, is called by as many threads as torch has, products in each are of one thread, and the results are the same.
+    place, is called by a crew of threads (see `threads.crew`), and results are the same however many there are.
 
     Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows.
     """

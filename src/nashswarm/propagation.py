@@ -31,10 +31,12 @@ from torch import Tensor, nn
 
 from nashswarm.blocks import Blocks, called_with, is_projection, replaced_blocks
 from nashswarm.devices import wide
+from nashswarm.threads import side_by_side
 from nashswarm.types import NashSwarmError, TensorSpec
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
 JUDGED = 64  # outputs by which a ridge is chosen
+TRIALS = 4  # regressions at the same time, at most: each holds two matrices as large as the moment
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 CPU = torch.device("cpu")
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
@@ -377,9 +379,14 @@ class Sums:
         if self.folds[1]:
             rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
             systems = [_system(sums, weight, centered, torch.from_numpy(rows))[:2] for sums in self.folds]
-            systems = [(moment.float(), product.float()) for moment, product in systems]  # to choose by
-            errors = [sum(_held_out(_regress(*systems[f], ridge), *systems[1 - f]) for f in (0, 1)) for ridge in RIDGES]
-            ridge = RIDGES[int(np.argmin(errors))]
+            halves = [(moment.float(), product.float()) for moment, product in systems]  # will do to choose by
+
+            def judge(trial: tuple[float, int]) -> float:
+                ridge, fold = trial
+                return _held_out(_regress(*halves[fold], ridge), *halves[1 - fold])
+
+            errors = side_by_side(judge, [(ridge, fold) for ridge in RIDGES for fold in (0, 1)], TRIALS)
+            ridge = RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
         moment, product, mean, target = _system(self.total(), weight, centered)
         found = _regress(moment, product, ridge)
         return found.T, target - mean @ found

@@ -276,7 +276,8 @@ def encode(
             item = next(apart)
         else:
             aim = course.aim(tensor, model.checkpoint.tensor(tensor))
-            (item,) = engine.map(_encode, shared, [(tensor, method, course.steered(tensor.name, choice), aim)])
+            work = tensor, method, course.steered(tensor.name, choice), aim
+            (item,) = engine.map(_encode, shared, [work], alone=True)
         weight, size = (item.weight, item.size) if two_passes else (partial(codec.decode, item), None)
         bias = course.settle(tensor, weight, size, None if before is None else before.get(BIAS))
         if before is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Semaphore
 from typing import TypeVar
 
+R = TypeVar("R")
 T = TypeVar("T")
 # What a model's layers take from libraries of vector mathematics.
 FIRST_CALLS = ("exp", "log", "tanh", "erf", "sigmoid", "sin", "cos", "rsqrt")
@@ -53,17 +54,36 @@ def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(torch.get_num_threads())  # new threads start with what was set last
 
 
+_own = threading.local()
+
+
+def set_crew(count: int) -> None:
+    """How many threads of Python may compute beside each other where this one waits for them; 0: as torch does."""
+    _own.crew = count
+
+
+def crew() -> int:
+    """How many may; see `set_crew`."""
+    import torch
+
+    return getattr(_own, "crew", None) or torch.get_num_threads()
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T], most: int) -> list[R]:
+    """work(item) of every item, by the crew, but no more than `most` at a time; torch computes with one thread each."""
+    with single_threads(max(1, min(crew(), len(items), most))) as pool:
+        return list(pool.map(work, items))
+
+
 def in_step(work: Callable[[T, Callable[[], None], Callable[[], None]], None], items: Sequence[T], steps: int) -> None:
     """work(item, wait, done) for every item, each of which follows the one before it, step by step.
 
     `work` calls `wait` before each of its `steps`, which returns once the item before has come through the same one,
-    and `done` behind it. Items are worked on by as many threads as torch has here, which then let it compute with one
-    each. Raises what the first item that failed raised; those behind it are abandoned.
+    and `done` behind it. Items are worked on by the crew, each of which lets torch compute with one thread; alone, by
+    this thread as it is. Raises what the first item that failed raised; those behind it are abandoned.
     """
-    import torch
-
-    threads = min(torch.get_num_threads(), len(items), steps)
-    turns = [Semaphore(0) for _ in items]
+    threads = min(crew(), len(items), steps)
+    turns = [threading.Semaphore(0) for _ in items]
     failed: set[int] = set()
 
     def follow(number: int) -> None:

@@ -32,7 +32,7 @@ DEEP = replace(SHAPE, layers=12)  # where two blocks are packed too soon to tell
 SCORED = 4 * BATCH  # tokens
 EVALUATED = (4 * BATCH, 32 * BATCH)  # tokens: each worker loads and decodes the model once, whatever they are
 PREFIX = 16384  # two passes: one for each worker
-STORE = 2 << 30  # bytes of each node's object store
+STORE = 4 << 30  # bytes of the object store
 PINGS = 200
 
 
@@ -58,13 +58,12 @@ def compare(rounds: int, methods: tuple[str, ...] = ("gptq4-g128", "market-coded
 
 @contextmanager
 def _cluster() -> Iterator[Ray]:
-    """Two nodes with a core each."""
+    """One node of two cores."""
     from ray import cluster_utils
 
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
-    own: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
-    cluster.add_node(**own)
+    own: dict[str, Any] = {"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=own)
     made = Ray(Compute(1, "ray", cluster.address))
     try:
         yield made

@@ -75,7 +75,7 @@ class Recorder(Ray):
         return self.note("start", "", make)
 
     def map(  # type: ignore[override, unused-ignore]
-        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], *_: Any
+        self, function: Callable[..., Any], shared: Any, items: Iterable[tuple[Any, ...]], *_: Any, **__: Any
     ) -> Iterator[Any]:
         """One after the other."""
         name, rest = function.__name__, iter(items)

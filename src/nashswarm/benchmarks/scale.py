@@ -228,8 +228,8 @@ class Stages:
         best = (float("inf"), 0)
         for at_once in (n for n in WORKERS if n <= workers):
             own = workers // at_once
-            each = [sum(self.many(s, m, own, network) for s in STAGES[1:]) for m in methods]
-            best = min(best, (jobs(each, at_once), at_once))
+            known = {m: sum(self.many(s, m, own, network) for s in STAGES[1:]) for m in dict.fromkeys(methods)}
+            best = min(best, (jobs([known[m] for m in methods], at_once), at_once))
         return best[0] + self.many("score", "all", workers, network), best[1]
 
 

@@ -159,11 +159,13 @@ class _Run:
 
         Arguments: `before`, where sums so far are, if there are any; `last`, whether results are made.
         """
+        if not sums:
+            return []
         found, waiting = [Made(0.0, 0)] * len(sums), deque(range(len(sums)))
         handed = self.now + self.network.latency
         # What happens next: when, where, to which sum, and what it still needs: bytes, of whom, and seconds with them.
         events: list[tuple[float, int, int, Iterator[tuple[float, int, float]]]]
-        events = [(max(free, handed) if sums else free, worker, -1, iter(())) for free, worker in self.free]
+        events = [(max(free, handed), worker, -1, iter(())) for free, worker in self.free]
         self.free = []
         heapq.heapify(events)
         while events:

@@ -385,7 +385,9 @@ class Sums:
                 ridge, fold = trial
                 return _held_out(_regress(*halves[fold], ridge), *halves[1 - fold])
 
-            errors = side_by_side(judge, [(ridge, fold) for ridge in RIDGES for fold in (0, 1)], TRIALS)
+            trials = [(ridge, fold) for ridge in RIDGES for fold in (0, 1)]
+            on_processor = weight.device == CPU  # a GPU's libraries are not to be called first by several threads
+            errors = side_by_side(judge, trials, TRIALS) if on_processor else [judge(trial) for trial in trials]
             ridge = RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
         moment, product, mean, target = _system(self.total(), weight, centered)
         found = _regress(moment, product, ridge)

@@ -49,7 +49,9 @@ TORCH = {
     "kernels.gpu",
     "kernels.hopper",
     "kernels.matrix",
+    "kernels.nvrtc",
     "kernels.serving",
+    "kernels.viterbi",
     "kernels.writing",
     "loading",
     "models",
@@ -57,10 +59,12 @@ TORCH = {
     "preflight",
     "propagation",
     "resident",
+    "rounding",
     "sharding",
     "statistics",
     "tooling",
     "threads",
+    "tuning",
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")

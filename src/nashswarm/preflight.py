@@ -27,9 +27,10 @@ SCORE_PASSES, ALLOCATE_PASSES, PREFIX_PASSES = 6.0, 3.0, 15.0  # forward passes 
 ROUNDING_RATE = 1.1e6  # weights a second and thread that the trellis rounds
 # Forward passes over a token of a tuning step: it is drawn, read by the original, and read and learnt by the model.
 TUNING_PASSES = 5.0
-# Floats for each parameter: the original's and the model's weights and gradients; latents with theirs and two moments,
-# what they are rounded to, and a path through the trellis with its scratch.
+# Floats for each parameter: the original, the model and its gradients; latents with theirs and two moments; what they
+# are rounded to, a copy of it, and codes.
 TUNING_FLOATS = 10
+LOGITS = 6  # as large as a pass' logits: of both models, their logarithms, and gradients
 SPEED_SIZE = 1024
 
 
@@ -121,32 +122,30 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
         return Need("pack", BASE + 8 * largest, 0, 0.0, "")
     bits = 8 * 4 if method.codec == "kept" else 8
     rounding = index.parameters / ROUNDING_RATE if market else 0.0
-    steps, held, learnt = _tuning(index, method)
+    steps, tuned, read = _tuning(index, method)
+    rounded = factors + 24 * largest
     lower = f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads"
     return Need(
         "pack",
-        BASE + _resident(index) + codes + max(streams + factors + 24 * largest, streams + held),
+        BASE + _resident(index) + streams + codes + max(rounded, tuned),
         3 * index.parameters * bits // 8,  # spool, payload, and what an interrupted run would go on from
-        (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix + TUNING_PASSES * learnt) * seconds
+        (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix + TUNING_PASSES * read) * seconds
         + rounding * (1 + steps),
-        f"methods.{method.name}.tuning_steps to 0" if held > factors + 24 * largest else lower,
+        f"methods.{method.name}.tuning_steps to 0 (off)" if tuned > rounded else lower,
     )
 
 
 def _tuning(index: ModelIndex, method: Method) -> tuple[int, int, int]:
-    """Steps in which all codes are trained together, bytes that they take beside the rest, and tokens of text."""
-    settings = method.codec_settings
-    steps, tokens = getattr(settings, "tuning_steps", 0), getattr(settings, "tuning_tokens", 0)
+    """Steps in which all codes are trained together, bytes that this takes beside the rest, and tokens read in all."""
+    steps, tokens = (getattr(method.codec_settings, key, 0) for key in ("tuning_steps", "tuning_tokens"))
     if not steps:
         return 0, 0, 0
     context = index.calibration_window
-    logits = 6 * 4 * max(PASS_LOGITS, context * index.vocabulary)
-    logits = min(logits, 6 * 4 * max(tokens, context) * index.vocabulary)
-    # What a pass keeps for its gradient: a block's inputs and outputs, and attention's weights where they are kept.
-    inputs = index.layers * sum(map(sum, (t.shape for t in _worst_layer(index))))
-    passed = min(max(tokens, context), max(context, PASS_LOGITS // index.vocabulary))
-    held = 4 * TUNING_FLOATS * index.parameters + logits + 4 * passed * inputs
-    return steps, max(held, 8 * index.parameters + DRAWING_BYTES), steps * max(tokens, context)
+    tokens = max(tokens, context)
+    passed = min(tokens, max(context, PASS_LOGITS // index.vocabulary))  # in one forward and backward pass
+    kept = 2 * index.layers * sum(map(sum, (t.shape for t in _worst_layer(index))))  # of a token, for the gradient
+    training = 4 * (TUNING_FLOATS * index.parameters + passed * (LOGITS * index.vocabulary + kept))
+    return steps, max(training, 8 * index.parameters + DRAWING_BYTES), steps * tokens
 
 
 def _resident(index: ModelIndex) -> int:

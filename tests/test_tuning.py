@@ -53,7 +53,7 @@ def vectors_of(model: Model) -> dict[str, np.ndarray]:
 def tuned(model: Model, split: Splits, settings: Tuning, device: str = "cpu") -> Tuned[coded.Rounded]:
     original = partial(load_original, model.checkpoint.directory, model.index)
     ids = split(model.name, seed=3).ids
-    work = model.index, rounded(model), vectors_of(model), ids, settings, no_progress, device
+    work = model.index, coded.search, rounded(model), vectors_of(model), ids, settings, no_progress, device
     return tuning.tune(original, *work)
 
 
@@ -102,7 +102,8 @@ def test_latents_have_the_losses_slopes(family: str, quantizable: Models, split:
     """Of every matrix, also one that is stored transposed or used twice: along its gradient KL moves as it says."""
     model, place = quantizable(family), torch.device("cpu")
     original, student = (load_original(model.checkpoint.directory, model.index) for _ in range(2))
-    training = tuning._Student.of(student, rounded(model), vectors_of(model))
+    search = coded.search(rounded(model), place)
+    training = tuning._Student.of(student, search, rounded(model), vectors_of(model))
     ids = split(family, seed=3).ids[: 4 * CONTEXT].astype(np.int64)
     windows = torch.from_numpy(ids).view(4, CONTEXT).to(place)
 
@@ -157,7 +158,7 @@ def test_the_same_comes_again(quantizable: Models, split: Splits) -> None:
 def test_without_text_nothing_can_be_drawn(quantizable: Models) -> None:
     model = quantizable("opt")
     with pytest.raises(InputError, match="first token of each window"):
-        tuning.tune(lambda: None, model.index, [], {}, np.empty(0, np.int32), SOME, no_progress)  # type: ignore[arg-type, return-value]
+        tuning.tune(lambda: None, model.index, coded.search, [], {}, np.empty(0, np.int32), SOME, no_progress)  # type: ignore[arg-type, return-value]
 
 
 def test_the_rate_rises_evenly_and_falls_to_nothing() -> None:

@@ -348,7 +348,7 @@ def _tuner(model: Model, method: Method, ids: np.ndarray, engine: Engine) -> Tun
 
     def run(rounded: list[Any], vectors: dict[str, np.ndarray], progress: Progress) -> Tuned[Any]:
         shown = _silent if engine.apart else progress
-        work = rounded, vectors, ids, settings, shown, engine.device
+        work = method.codec, rounded, vectors, ids, settings, shown, engine.device
         (found,) = engine.map(_tune, engine.share(partial(_same, model), True), [work], alone=True)
         return found  # type: ignore[no-any-return]
 
@@ -357,6 +357,7 @@ def _tuner(model: Model, method: Method, ids: np.ndarray, engine: Engine) -> Tun
 
 def _tune(
     model: Model,
+    codec: str,
     rounded: list[Any],
     vectors: dict[str, np.ndarray],
     ids: np.ndarray,
@@ -364,8 +365,8 @@ def _tune(
     progress: Progress,
     device: str,
 ) -> Tuned[Any]:
-    load = partial(load_original, model.checkpoint.directory, model.index)
-    return tune(load, model.index, rounded, vectors, ids, settings, progress, device)
+    load, search = partial(load_original, model.checkpoint.directory, model.index), load_room("codecs", codec).search
+    return tune(load, model.index, search, rounded, vectors, ids, settings, progress, device)
 
 
 def _silent(items: Sequence[Any], _: str) -> Sequence[Any]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nashswarm import entropy, trellis
-from nashswarm.kernels import viterbi
-from nashswarm.kernels.nvrtc import Function
+from nashswarm.kernels import nvrtc, viterbi
 from nashswarm.patches import Patch
 from nashswarm.threads import crew, side_by_side
 
@@ -26,17 +24,7 @@ COLUMNS = 64  # that one task of the processor rounds: some milliseconds
 Shape = tuple[int, int]
 
 
-class Search(Protocol):
-    """Rounds all matrices of a model."""
-
-    def values(self, latents: Tensor, out: Tensor) -> None:
-        """Float32 [weights], in steps, of which only `out` is written: the values nearest to them that codes have."""
-
-    def codes(self, latents: Tensor) -> np.ndarray:
-        """Those values' codes, int32 [weights]; trellis.OUT_OF_BOUNDS in place of those that are too large."""
-
-
-def search(shapes: Sequence[Shape], states: int, device: torch.device) -> Search:
+def search(shapes: Sequence[Shape], states: int, device: torch.device) -> Processor | Gpu:
     """The fastest that there is on a device. Arguments: `states`, of the trellis."""
     kernel = viterbi.kernel(states, device)
     return Processor(shapes, states) if kernel is None else Gpu(kernel, shapes, states, device)
@@ -69,13 +57,13 @@ class Processor:
         self._parts = sorted(parts, key=lambda part: -part[0].rows)  # the longest first: threads end together
 
     def values(self, latents: Tensor, out: Tensor) -> None:
-        """As `Search.values`."""
+        """Float32 [weights], in steps, of which only `out` is written: the values nearest to them that codes have."""
         found = torch.empty(latents.shape)
         self._round(latents, found.numpy(), None)
         out.copy_(found)
 
     def codes(self, latents: Tensor) -> np.ndarray:
-        """As `Search.codes`."""
+        """Those values' codes, int32 [weights]; trellis.OUT_OF_BOUNDS in place of those that are too large."""
         found = np.empty(latents.shape, np.int32)
         self._round(latents, None, found)
         return found
@@ -106,7 +94,7 @@ def _own(flat: np.ndarray, block: Block, first: int) -> np.ndarray:
 class Gpu:
     """By viterbi.cu, all columns at once."""
 
-    def __init__(self, kernel: Function, shapes: Sequence[Shape], states: int, device: torch.device) -> None:
+    def __init__(self, kernel: nvrtc.Function, shapes: Sequence[Shape], states: int, device: torch.device) -> None:
         every, total = blocks(shapes), sum(rows * columns for rows, columns in shapes)
         begins = np.concatenate([block.begin + np.arange(block.columns) for block in every])
         widths = np.array([block.columns for block in every])
@@ -115,11 +103,11 @@ class Gpu:
         self._columns = viterbi.Columns(kernel, states, begins, strides, rows, total, device)
 
     def values(self, latents: Tensor, out: Tensor) -> None:
-        """As `Search.values`."""
+        """As `Processor.values`."""
         self._columns.round(latents, out)
 
     def codes(self, latents: Tensor) -> np.ndarray:
-        """As `Search.codes`."""
+        """As `Processor.codes`."""
         found = torch.empty(latents.shape, dtype=torch.int32, device=latents.device)
         self._columns.round(latents, torch.empty_like(latents), found)
         return found.cpu().numpy()

@@ -1,7 +1,7 @@
 """All codes of a packed model, its norms and biases are trained at once towards the original.
 
 Rounding decides about one matrix after another, by a local model of the loss. Here latents z, in steps, begin at the
-packed values. In each step the model's weights are what the trellis makes of them (`rounding`), and the gradient of
+packed values. In each step the model's weights are what the codec rounds them to, and the gradient of
 
     KL(original || quantized), mean over the tokens of a batch
 
@@ -26,11 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nashswarm import trellis
 from nashswarm.blocks import batches_of
 from nashswarm.devices import resolve
 from nashswarm.models import fuse, is_transposed
-from nashswarm.rounding import Search, search
 from nashswarm.types import InputError, ModelIndex, Progress, Tuning
 
 if TYPE_CHECKING:
@@ -62,10 +60,6 @@ class Item(Protocol):
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
 
-    @property
-    def states(self) -> int:
-        """Of the trellis."""
-
     def latents(self) -> Tensor:
         """Values in steps, float32 [out, in]."""
 
@@ -76,7 +70,17 @@ class Item(Protocol):
         """The rounded values, float32 [out, in]."""
 
     def recoded(self, codes: np.ndarray) -> Self:
-        """The same matrix with other codes, int32 [out, in]."""
+        """The same matrix with other codes, int32 [out, in]. Raises InputError for codes beyond all bounds."""
+
+
+class Search(Protocol):
+    """Rounds all matrices of a model at once, which lie in one flat tensor, one behind the other."""
+
+    def values(self, latents: Tensor, out: Tensor) -> None:
+        """Float32 [weights], in steps, of which only `out` is written: the values nearest to them that codes have."""
+
+    def codes(self, latents: Tensor) -> np.ndarray:
+        """Those values' codes, int32 [weights]."""
 
 
 T = TypeVar("T", bound=Item)
@@ -105,6 +109,7 @@ def rate_of(settings: Tuning) -> float:
 def tune(
     load: Callable[[], PreTrainedModel],
     index: ModelIndex,
+    search: Callable[[Sequence[T], torch.device], Search],
     items: Sequence[T],
     vectors: Mapping[str, np.ndarray],
     ids: np.ndarray,
@@ -115,10 +120,10 @@ def tune(
 ) -> Tuned[T]:
     """Train codes, norms and biases together; a matrix that is not among `items` stays the original's.
 
-    Arguments: `load` makes the original, float32, all weights in memory; `vectors`, name -> float32, as they were to be
-    stored; `ids`, int32 [tokens], the calibration text, from which windows take their first token; `device`, as
-    params name it; `seed`, of all that is drawn. On the processor the result depends on nothing else but the number of
-    torch's threads, as all sums do.
+    Arguments: `load` makes the original, float32, all weights in memory; `search`, what rounds these items on a device;
+    `vectors`, name -> float32, as they were to be stored; `ids`, int32 [tokens], the calibration text, from which
+    windows take their first token; `device`, as params name it; `seed`, of all that is drawn. On the processor the
+    result depends on nothing else but the number of torch's threads, as all sums do.
     Raises InputError where codes leave all bounds, and for no text.
     """
     if not ids.size:
@@ -130,7 +135,7 @@ def tune(
     windows = draw(original, index, ids, held + settings.steps * batch, generator, progress)
     judge = Judge(original, model, index, windows[:held], batch)
     before = judge.kl(items, vectors)
-    student = _Student.of(model, items, vectors)
+    student = _Student.of(model, search(items, place), items, vectors)
     with torch.enable_grad():
         _train(student, original, torch.split(windows[held:], batch), index, settings, progress)
     found, moved = student.finish(items)
@@ -265,9 +270,11 @@ class _Student:
     vectors: dict[str, nn.Parameter]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, items: Sequence[Item], vectors: Mapping[str, np.ndarray]) -> Self:
+    def of(
+        cls, model: PreTrainedModel, search: Search, items: Sequence[Item], vectors: Mapping[str, np.ndarray]
+    ) -> Self:
         """Before its first step."""
-        place, (states,) = model.device, {item.states for item in items}
+        place = model.device
         latents = torch.cat([item.latents().reshape(-1) for item in items]).to(place)
         rounded, sizes, matrices = torch.empty_like(latents), [math.prod(item.shape) for item in items], []
         for item, own, found in zip(items, *(torch.split(flat, sizes) for flat in (latents, rounded)), strict=True):
@@ -278,7 +285,7 @@ class _Student:
         trained = {name: model.get_parameter(name).requires_grad_() for name in vectors}
         for name, vector in vectors.items():
             trained[name].data.copy_(torch.from_numpy(vector))
-        return cls(model, search([i.shape for i in items], states, place), latents, rounded, matrices, trained)
+        return cls(model, search, latents, rounded, matrices, trained)
 
     def round(self) -> None:
         """What the latents stand for becomes the model's weights."""
@@ -291,10 +298,8 @@ class _Student:
         found, begin = [], 0
         codes = self.search.codes(self.latents)
         for item in items:
-            own = codes[begin : begin + math.prod(item.shape)].reshape(item.shape)
-            if own.min() == trellis.OUT_OF_BOUNDS:
-                raise InputError(f"{item.name}: codes reach {trellis.LARGEST} in tuning; lower tuning_rate")
-            found.append(item.recoded(own))
+            own = codes[begin : begin + math.prod(item.shape)]
+            found.append(item.recoded(own.reshape(item.shape)))
             begin += own.size
         return found, {name: p.detach().cpu().numpy().copy() for name, p in self.vectors.items()}
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import entropy, feedback, trellis
+from nashswarm import entropy, feedback, rounding, trellis
 from nashswarm.patches import Patch
 from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec, Tuning
 
@@ -234,7 +234,12 @@ class Rounded:
         return self.steps.of_rows(), self.steps.of_columns(0)
 
     def recoded(self, codes: np.ndarray) -> Self:
-        """The same matrix, with the same steps, and other codes, int32 [out, in]."""
+        """The same matrix, with the same steps, and other codes, int32 [out, in].
+
+        Raises InputError for codes beyond all bounds.
+        """
+        if codes.min() == trellis.OUT_OF_BOUNDS:
+            raise InputError(f"{self.name}: codes reach {trellis.LARGEST} in tuning; lower tuning_rate")
         contexts, size, narrow = _fitted(codes, trellis.machine(self.states))
         return replace(self, codes=narrow, contexts=contexts, size=size)
 
@@ -242,6 +247,12 @@ class Rounded:
         """Of symbols in their contexts."""
         codes = self.codes.astype(np.int32)
         return entropy.histogram(codes, *self.contexts, machine=trellis.machine(self.states))
+
+
+def search(rounded: Sequence[Rounded], device: torch.device) -> rounding.Processor | rounding.Gpu:
+    """What rounds all these matrices at once, while their codes are trained."""
+    (states,) = {item.states for item in rounded}
+    return rounding.search([item.shape for item in rounded], states, device)
 
 
 def round_one(job: Job, settings: Settings) -> Rounded:

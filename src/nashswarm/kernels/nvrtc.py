@@ -39,7 +39,8 @@ class Function:
         with torch.cuda.device(device):
             torch.empty(1, device=device)  # torch's context is there, and current
             self._driver = ctypes.CDLL("libcuda.so.1")
-            self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+            self._context, self._module, self._function = (ctypes.c_void_p() for _ in range(3))
+            self._checked(self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
             self._checked(self._driver.cuModuleLoadData(ctypes.byref(self._module), program))
             found = self._driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
             self._checked(found)
@@ -49,6 +50,7 @@ class Function:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         sides = (blocks, 1, 1, threads, 1, 1, 0)
+        self._checked(self._driver.cuCtxSetCurrent(self._context))  # a thread's first call may come without
         self._checked(self._driver.cuLaunchKernel(self._function, *sides, stream, places, None))
 
     def _checked(self, code: int) -> None:

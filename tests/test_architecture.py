@@ -28,6 +28,10 @@ FOUNDATION: dict[str, set[str]] = {
     "trellis": {"jit", "patches", "rans"},
     "entropy": {"rans", "trellis"},
     "feedback": {"patches", "threads", "types"},
+    "kernels": set(),
+    "kernels.nvrtc": set(),
+    "kernels.viterbi": {"kernels.nvrtc", "rans", "trellis"},
+    "rounding": {"entropy", "kernels.nvrtc", "kernels.viterbi", "patches", "threads", "trellis"},
     "clipped": {"jit", "patches"},
     "processes": set(),
     "threads": set(),
@@ -49,7 +53,9 @@ TORCH = {
     "kernels.gpu",
     "kernels.hopper",
     "kernels.matrix",
+    "kernels.nvrtc",
     "kernels.serving",
+    "kernels.viterbi",
     "kernels.writing",
     "loading",
     "models",
@@ -57,10 +63,12 @@ TORCH = {
     "preflight",
     "propagation",
     "resident",
+    "rounding",
     "sharding",
     "statistics",
     "tooling",
     "threads",
+    "tuning",
 }
 TORCH_ROOMS = {"codecs", "importance"}
 SLOW = ("transformers", "datasets", "huggingface_hub", "numba", "pandas", "matplotlib", "pyarrow", "rich", "typer")

@@ -24,7 +24,7 @@ from miniature import make
 
 from nashswarm import artifacts, evaluation, quantize
 from nashswarm import statistics as stats
-from nashswarm.config import Compute, Evaluation, PaperProtocol, Params, Scoring
+from nashswarm.config import Compute, Evaluation, PaperProtocol, Params, Scoring, parse_method
 from nashswarm.engine import AHEAD, Engine, Local, Ray, make_engine
 from nashswarm.loading import open_for_evaluation
 from nashswarm.models import describe, load_streamed
@@ -331,6 +331,18 @@ PAIRS = [
     for family in FAMILIES
     for name in METHODS
 ]
+
+
+def test_codes_are_trained_by_a_worker_as_here(
+    engine: Ray, quantizable: Models, split: Callable[..., TokenizedSplit], tmp_path: Path
+) -> None:
+    model, ids = quantizable("opt"), split("opt", seed=3).ids
+    block = {"allocator": "market", "codec": "coded", "budget": 3.0, "prefix_tokens": 0}
+    method = parse_method("mine", block | {"tuning_steps": 3, "tuning_tokens": 64, "tuning_rate": 0.005})
+    allocation = quantize.allocate(model, method, no_progress)
+    for name, one in (("here", Local(torch.get_num_threads())), ("there", engine)):
+        quantize.pack(model, method, allocation, ids, tmp_path / name, no_progress, None, one)
+    assert files(tmp_path / "here") == files(tmp_path / "there")
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)

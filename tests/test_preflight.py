@@ -78,6 +78,20 @@ def test_the_settings_own_name_is_said(index: Callable[[str], ModelIndex]) -> No
     assert str(preflight.scoring_need(index("gpt2"), SCORING)).startswith("score: about 0.8 GiB of memory, 0.0 GiB")
 
 
+def test_training_all_codes_asks_for_the_whole_model(index: Callable[[str], ModelIndex]) -> None:
+    """Several times over, where all else is done a block at a time; and for time by its steps."""
+    large = grown(index("llama"), 40)
+    few, many = (dataclasses.replace(CODED.codec_settings, tuning_steps=n) for n in (10, 1000))
+    plain, short, long = (
+        preflight.packing_need(large, dataclasses.replace(CODED, codec_settings=settings), 0, 1e-6)
+        for settings in (CODED.codec_settings, few, many)
+    )
+    assert plain.memory + 16 * large.parameters < short.memory == long.memory
+    assert plain.seconds < short.seconds < long.seconds / 20
+    assert short.lower == "methods.mine.tuning_steps to 0 (off)"
+    assert plain.disk == short.disk
+
+
 @pytest.mark.scale
 def test_estimates_are_near_what_was_measured() -> None:
     """GPT-2 124M, as `make benchmark` found it; see docs/decisions.md."""

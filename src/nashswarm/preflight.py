@@ -18,12 +18,19 @@ import psutil
 import torch
 
 from nashswarm.config import Method, Scoring
+from nashswarm.tuning import DRAWING_BYTES, PASS_LOGITS
 from nashswarm.types import ModelIndex, NashSwarmError, TensorSpec
 
 GIB = 2**30
 BASE = int(0.8 * GIB)
 SCORE_PASSES, ALLOCATE_PASSES, PREFIX_PASSES = 6.0, 3.0, 15.0  # forward passes over the same number of tokens
 ROUNDING_RATE = 1.1e6  # weights a second and thread that the trellis rounds
+# Forward passes over a token of a tuning step: it is drawn, read by the original, and read and learnt by the model.
+TUNING_PASSES = 5.0
+# Floats for each parameter: the original, the model and its gradients; latents with theirs and two moments; what they
+# are rounded to, a copy of it, and codes.
+TUNING_FLOATS = 10
+LOGITS = 6  # as large as a pass' logits: of both models, their logarithms, and gradients
 SPEED_SIZE = 1024
 
 
@@ -115,13 +122,30 @@ def packing_need(index: ModelIndex, method: Method, tokens: int = 0, seconds: fl
         return Need("pack", BASE + 8 * largest, 0, 0.0, "")
     bits = 8 * 4 if method.codec == "kept" else 8
     rounding = index.parameters / ROUNDING_RATE if market else 0.0
+    steps, tuned, read = _tuning(index, method)
+    rounded = factors + 24 * largest
+    lower = f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads"
     return Need(
         "pack",
-        BASE + _resident(index) + streams + factors + codes + 24 * largest,
+        BASE + _resident(index) + streams + codes + max(rounded, tuned),
         3 * index.parameters * bits // 8,  # spool, payload, and what an interrupted run would go on from
-        (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix) * seconds + rounding,
-        f"methods.{method.name}.prefix_tokens" if prefix else "compute.threads",
+        (ALLOCATE_PASSES * tokens * market + PREFIX_PASSES * prefix + TUNING_PASSES * read) * seconds
+        + rounding * (1 + steps),
+        f"methods.{method.name}.tuning_steps to 0 (off)" if tuned > rounded else lower,
     )
+
+
+def _tuning(index: ModelIndex, method: Method) -> tuple[int, int, int]:
+    """Steps in which all codes are trained together, bytes that this takes beside the rest, and tokens read in all."""
+    steps, tokens = (getattr(method.codec_settings, key, 0) for key in ("tuning_steps", "tuning_tokens"))
+    if not steps:
+        return 0, 0, 0
+    context = index.calibration_window
+    tokens = max(tokens, context)
+    passed = min(tokens, max(context, PASS_LOGITS // index.vocabulary))  # in one forward and backward pass
+    kept = 2 * index.layers * sum(map(sum, (t.shape for t in _worst_layer(index))))  # of a token, for the gradient
+    training = 4 * (TUNING_FLOATS * index.parameters + passed * (LOGITS * index.vocabulary + kept))
+    return steps, max(training, 8 * index.parameters + DRAWING_BYTES), steps * tokens
 
 
 def _resident(index: ModelIndex) -> int:

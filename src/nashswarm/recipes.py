@@ -14,10 +14,18 @@ TABLES = "grouped"  # the codec of what another tool leaves alone
 
 
 def method_document(method: Method) -> dict[str, Any]:
-    """A method as one flat block, as it may stand in params.yaml, defaults filled in."""
+    """A method as one flat block, as it may stand in params.yaml, defaults filled in.
+
+    What belongs to a setting that is off (`with` in a field's metadata names it) is left out, and so is that setting:
+    documents of before, and the bytes that hold them, stay as they were.
+    """
     document = dataclasses.asdict(method)
     del document["name"]
-    return {**document.pop("allocator_settings"), **document.pop("codec_settings"), **document}
+    settings = document.pop("codec_settings")
+    fields = dataclasses.fields(method.codec_settings) if settings else ()
+    off = {f.name for f in fields if "with" in f.metadata and not settings[f.metadata["with"]]}
+    stated = {key: value for key, value in settings.items() if key not in off}
+    return {**document.pop("allocator_settings"), **stated, **document}
 
 
 def read_recipe(path: Path) -> Method:

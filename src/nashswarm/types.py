@@ -191,6 +191,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """How all codes of a model are trained together once they are rounded, see `tuning`."""
+
+    steps: int
+    tokens: int  # of text, in each step
+    rate: float | None  # the largest by which a step may move a code, about, in steps of its grid; None: by the rule
+
+
+@dataclass(frozen=True, slots=True)
 class PackedTensor:
     """One tensor as it lies on disk: named arrays of raw numbers and the few scalars that decoding needs.
 

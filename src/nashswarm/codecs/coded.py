@@ -18,7 +18,7 @@ tables are common to all tensors of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Self
 
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import entropy, feedback, trellis
+from nashswarm import entropy, feedback, rounding, trellis
 from nashswarm.patches import Patch
-from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec
+from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec, Tuning
 
 SELLS = ("candidates",)
 WIDTHS: tuple[int, ...] = ()
@@ -47,6 +47,7 @@ SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
 SAMPLE_ROWS = 32  # at least
 SIDES = ("rows", "columns")
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
+TUNED = {"with": "tuning_steps"}  # settings that no document states where this one is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +58,32 @@ class Settings:
     token_row_exponent: float = 0.25
     states: int = 32  # of the trellis: more are slower and a little better
     prefix_tokens: int = 16384  # of calibration, to fit each matrix to what is quantized before it; 0 for none
+    tuning_steps: int = field(default=0, metadata=TUNED)  # in which all codes are trained together; 0 for none
+    tuning_tokens: int = field(default=4096, metadata=TUNED)  # of text, drawn from the original, in each of them
+    tuning_rate: float | None = field(default=None, metadata=TUNED)  # in steps of the grids; None: 0.19 / sqrt(steps)
 
     def __post_init__(self) -> None:
         if self.states not in trellis.POLYNOMIALS:
             raise ValueError(f"states: {self.states} is none of {', '.join(map(str, trellis.POLYNOMIALS))}")
         if self.prefix_tokens < 0:
             raise ValueError(f"prefix_tokens: {self.prefix_tokens} is negative; 0 turns the fitting off")
+        if self.tuning_steps < 0:
+            raise ValueError(f"tuning_steps: {self.tuning_steps} is negative; 0 turns tuning off")
+        if self.tuning_tokens < 1:
+            raise ValueError(f"tuning_tokens: {self.tuning_tokens} is too small; at least 1, which is a window")
+        if self.tuning_rate is not None and not self.tuning_rate > 0:
+            raise ValueError(f"tuning_rate: {self.tuning_rate} moves nothing; give more than 0, or null for the rule")
 
 
 def draft(settings: Settings) -> Settings:
     """As many bytes, made faster: at the same steps, trellises of 8 and of 32 states cost the same to a thousandth."""
     return replace(settings, states=SAMPLE_STATES)
+
+
+def tuning(settings: Settings) -> Tuning | None:
+    """How codes are trained once all matrices are rounded, if they are."""
+    steps, tokens, rate = settings.tuning_steps, settings.tuning_tokens, settings.tuning_rate
+    return Tuning(steps, tokens, rate) if steps else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +225,34 @@ class Rounded:
         """The rounded values, float32 [out, in]."""
         return _values(self.codes.astype(np.int32), self.steps, trellis.machine(self.states))
 
+    def latents(self) -> Tensor:
+        """The same in steps."""
+        return _in_steps(self.codes.astype(np.int32), trellis.machine(self.states))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Of rows, float32 [out], and of columns, float32 [in]; a weight's is their product."""
+        return self.steps.of_rows(), self.steps.of_columns(0)
+
+    def recoded(self, codes: np.ndarray) -> Self:
+        """The same matrix, with the same steps, and other codes, int32 [out, in].
+
+        Raises InputError for codes beyond all bounds.
+        """
+        if codes.min() == trellis.OUT_OF_BOUNDS:
+            raise InputError(f"{self.name}: codes reach {trellis.LARGEST} in tuning; lower tuning_rate")
+        contexts, size, narrow = _fitted(codes, trellis.machine(self.states))
+        return replace(self, codes=narrow, contexts=contexts, size=size)
+
     def histogram(self) -> np.ndarray:
         """Of symbols in their contexts."""
         codes = self.codes.astype(np.int32)
         return entropy.histogram(codes, *self.contexts, machine=trellis.machine(self.states))
+
+
+def search(rounded: Sequence[Rounded], device: torch.device) -> rounding.Processor | rounding.Gpu:
+    """What rounds all these matrices at once, while their codes are trained."""
+    (states,) = {item.states for item in rounded}
+    return rounding.search([item.shape for item in rounded], states, device)
 
 
 def round_one(job: Job, settings: Settings) -> Rounded:
@@ -237,11 +277,15 @@ def round_one(job: Job, settings: Settings) -> Rounded:
             codes[patch.columns[:, None], patch.rows] = found
 
     feedback.sweep(job.weight, model.columns, model.spread, feedback.BLOCK, edges, visit)
-    array = np.ascontiguousarray(codes.T)
-    contexts = entropy.fit_scales(array)
-    size = _coded_bytes(array, contexts, machine)
-    codes = array.astype(np.min_scalar_type(-1 - np.abs(array).max(initial=0)))
-    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, codes, contexts, size)
+    contexts, size, narrow = _fitted(np.ascontiguousarray(codes.T), machine)
+    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, narrow, contexts, size)
+
+
+def _fitted(codes: np.ndarray, machine: trellis.Machine) -> tuple[tuple[np.ndarray, np.ndarray], float, np.ndarray]:
+    """Contexts of codes, int32 [out, in], their bytes, and the codes as narrow as they can be."""
+    contexts = entropy.fit_scales(codes)
+    narrow = codes.astype(np.min_scalar_type(-1 - np.abs(codes).max(initial=0)))
+    return contexts, _coded_bytes(codes, contexts, machine), narrow
 
 
 def assemble(rounded: Sequence[Rounded]) -> Iterator[tuple[str, PackedTensor]]:
@@ -290,9 +334,12 @@ def _read_shared(tables: bytes, scales: bytes, total: int) -> tuple[entropy.Tabl
 
 
 def _values(codes: np.ndarray, steps: Steps, machine: trellis.Machine) -> Tensor:
+    return _in_steps(codes, machine).mul_(steps.of_rows()[:, None]).mul_(steps.of_columns(0))
+
+
+def _in_steps(codes: np.ndarray, machine: trellis.Machine) -> Tensor:
     used = trellis.quantizers(codes, entropy.first_rows(codes.shape), machine)
-    values = torch.from_numpy(trellis.values(codes, used))
-    return values.mul_(steps.of_rows()[:, None]).mul_(steps.of_columns(0))
+    return torch.from_numpy(trellis.values(codes, used))
 
 
 def _bytes(data: bytes) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm.kernels import nvrtc
 from nashswarm.kernels.matrix import TILES, WIDTHS
 
 logger = logging.getLogger(__name__)
@@ -137,42 +138,7 @@ def _loaded(index: int) -> Kernels | None:
 @functools.cache
 def compiled() -> bytes:
     """hopper.cu as machine code for compute capability 9.0. Raises OSError, RuntimeError."""
-    nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    source, options = SOURCE.read_bytes(), (b"--gpu-architecture=sm_90a", b"--std=c++17")
-    _done(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, SOURCE.name.encode(), 0, None, None))
-    try:
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        if failed:
-            _done(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
-            log = ctypes.create_string_buffer(size.value)
-            _done(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"NVRTC ended with {failed}: {log.value.decode(errors='replace').strip()[:300]}")
-        _done(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
-        made = ctypes.create_string_buffer(size.value)
-        _done(nvrtc.nvrtcGetCUBIN(program, made))
-        return made.raw
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _done(code: int) -> None:
-    if code:
-        raise RuntimeError(f"NVRTC ended with {code}")
-
-
-def _nvrtc() -> ctypes.CDLL:
-    """That of torch's CUDA: where the loader finds it, or in the packages beside torch. Raises OSError."""
-    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
-    packages = Path(torch.__file__).parents[1] / "nvidia"
-    parts = sorted(packages.glob("*/lib/libnvrtc-builtins.so.*"))  # which it asks for by name alone
-    for place in [*map(str, sorted(packages.glob(f"*/lib/{name}"))), name]:
-        try:
-            for part in parts:
-                ctypes.CDLL(str(part))
-            return ctypes.CDLL(place)
-        except OSError as error:
-            logger.info("%s cannot be used: %s", place, error)
-    raise OSError(f"{name} is not there")
+    return nvrtc.compiled(SOURCE.read_bytes(), SOURCE.name, "--gpu-architecture=sm_90a", "--std=c++17")
 
 
 # --- products ------------------------------------------------------------------------------------------------------

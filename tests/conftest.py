@@ -40,7 +40,7 @@ VOCABULARY = 320
 EOS = "<|end|>"
 
 _OFTEN = {f"market-coded-{b}" for b in ("2_0", "2_5", "3_5", "4_0", "5_0", "6_0")}
-_LONG = {"market-coded-3_0-tuned"}  # test_tuning has it with fewer steps
+_LONG = {f"market-coded-{b}-tuned" for b in ("2_5", "3_0")}  # test_tuning has them with fewer steps
 # Of params.yaml, one for each way through the code: of a codec's many budgets the least, the usual and the most.
 METHODS = [n for n in yaml.safe_load((PROJECT / "params.yaml").read_text())["methods"] if n not in _OFTEN | _LONG]
 

@@ -79,6 +79,13 @@ def test_prose_gives_how_far_the_market_is_from_the_papers_headline() -> None:
     assert round(found["quality"]["sampled"]["delta_loss_percent"] / claimed) == 6
 
 
+def test_prose_gives_what_training_all_codes_leaves() -> None:
+    three, two = said(r"Packed on an H100, these rise by ([\d.]+) % at 3\.0 bits and ([\d.]+) % at 2\.5")
+    found = [figures(f"market-coded-{budget}-tuned") for budget in ("3_0", "2_5")]
+    assert [round(f["quality"]["sampled"]["delta_loss_percent"], 2) for f in found] == [three, two]
+    assert [f["size"]["bits_per_weight"] <= budget for f, budget in zip(found, (3.0, 2.5), strict=True)] == [True, True]
+
+
 def test_prose_gives_the_baselines_true_bits() -> None:
     four, three = said(r"GPTQ's [\d.]+ at ([\d.]+) and [\d.]+ at 2\.5 beside [\d.]+ at ([\d.]+), but")
     assert [round(figures(m)["size"]["bits_per_weight"], 2) for m in ("gptq4-g128", "gptq3-g128")] == [four, three]

@@ -381,9 +381,6 @@ class Sums:
             systems = [_system(sums, weight, centered, torch.from_numpy(rows))[:2] for sums in self.folds]
             halves = [(moment.float(), product.float()) for moment, product in systems]  # will do to choose by
 
-            # torch loads CUDA's linear algebra at the first call, and fails where threads make it at once.
-            _regress(halves[0][0][:1, :1], halves[0][1][:1, :1], ridge)
-
             def judge(trial: tuple[float, int]) -> float:
                 ridge, fold = trial
                 return _held_out(_regress(*halves[fold], ridge), *halves[1 - fold])

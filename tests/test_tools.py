@@ -151,6 +151,42 @@ def test_compare_passes_over_times(repository: Path) -> None:
     assert compare(repository)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "within", "beyond"),
+    [
+        (("size", "file_bytes"), 1_000_900, 1_001_100),
+        (("quality", "sampled", "loss"), 3.254, 3.256),
+        (("quality", "sampled", "delta_loss_ci95"), [0.01, 0.0219], [0.01, 0.0221]),
+        (("quality", "sampled", "kl_mean"), 0.0157, 0.0158),
+    ],
+)
+def test_compare_holds_codes_that_follow_each_other_to_less_where_scores_differ(
+    keys: tuple[str, ...], within: Any, beyond: Any, repository: Path
+) -> None:
+    def lock(inputs: str, scores: str) -> None:
+        stage = {"deps": [{"path": "in", "md5": inputs}], "outs": [{"path": "out", "md5": scores}]}
+        (repository / "dvc.lock").write_text(yaml.safe_dump({"stages": {"score@reference": stage}}))
+
+    (repository / "params.yaml").write_text(yaml.safe_dump({"methods": {"gptq": {"codec": "gptq"}}}))
+    write(repository, FIGURES, "gptq")
+    lock("a", "b")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "-m", "with a lock")
+    write(repository, changed(*keys, value=within), "gptq")
+    assert compare(repository)[0] == 1
+    lock("other inputs", "other scores")
+    assert compare(repository)[0] == 1
+    lock("a", "other scores")
+    code, (said, count) = compare(repository)
+    assert (code, count) == (0, f"{3 * COUNT} figures in 3 files agree with HEAD")
+    assert said == "This machine's scores have other late digits than HEAD's: 1 files are held to less"
+    write(repository, changed(*keys, value=within))  # by rounding to nearest
+    assert compare(repository)[0] == 1
+    write(repository, FIGURES)
+    write(repository, changed(*keys, value=beyond), "gptq")
+    assert compare(repository)[0] == 1
+
+
 def test_compare_takes_another_commit(repository: Path) -> None:
     write(repository, changed("quality", "sampled", "loss", value=3.5))
     git(repository, "commit", "--quiet", "--all", "-m", "worse")

@@ -37,6 +37,7 @@ from nashswarm.config import (
     load_params,
     parse_params,
 )
+from nashswarm.console import quiet
 from nashswarm.kernels.matrix import Matrix
 from nashswarm.kernels.serving import accelerate
 from nashswarm.rendering import Block, Heading, Picture, Table, Text
@@ -53,10 +54,6 @@ SMALL = Benchmark(
 )
 THREADS = 1
 SPREADS = ("seconds", "ratio")
-
-
-def quiet(items: Any, _: str) -> Any:
-    return items
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +14,14 @@ import pytest
 from conftest import PROJECT
 
 from nashswarm import preflight, statistics
-from nashswarm.benchmarks import recording, scale
+from nashswarm.benchmarks import cores, recording, scale
 from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.benchmarks.schedule import NONE, Made, Network, Phase, Sum, Task, _Run, jobs, makespan, serial
 from nashswarm.benchmarks.tables import tables
 from nashswarm.benchmarks.workload import At, Model, Text, parts, returned, sent
 from nashswarm.config import Scoring
+from nashswarm.console import quiet
 from nashswarm.engine import AHEAD
 from nashswarm.models import describe
 
@@ -248,6 +249,31 @@ def test_what_the_driver_does_with_statistics_is_that_of_a_block(records: list[r
     head = next(i for i, c in enumerate(score.calls) if c.label == "_head.result")
     assert score.calls[head + 1].label == "_block"
     assert score.calls[head + 1].about == "1"
+
+
+def test_every_stage_is_timed_with_every_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, set[int]]] = []
+
+    def here(threads: int, work: Callable[..., float], *arguments: Any) -> float:
+        asked.append((threads, set()))
+        return work(*arguments)
+
+    monkeypatch.setattr(cores, "alone", here)
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {7, 3, 5})
+    monkeypatch.setattr(cores.os, "sched_setaffinity", lambda _, own: asked[-1][1].update(own))
+    monkeypatch.setattr(cores, "METHODS", {"rtn4-g64": ("allocate", "pack")})
+    rows = cores.measure([1, 2], quiet, cores.TINY)
+    assert asked == [(1, {3})] * 3 + [(2, {3, 5})] * 3
+    assert [row["stage"] for row in rows] == ["score 8192 tokens", "allocate rtn4-g64", "pack rtn4-g64"]
+    assert all(set(row["seconds"]) == {"1", "2"} and min(row["seconds"].values()) >= 0 for row in rows)
+
+
+def test_speed_ups_by_cores_are_against_the_fewest() -> None:
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    rows = [{"stage": "score", "seconds": {"16": 2.0, "1": 12.0, "4": 4.0}}]
+    table = tables({**document, "cores": {"rows": rows}})["cores"]
+    assert table.splitlines()[0] == "| stage | s, 1 core | 4 | 16 |"
+    assert table.splitlines()[2] == "| score | 12.0 | 3.0 | 6.0 |"
 
 
 def test_memory_is_what_preflight_says(tmp_path: Path) -> None:

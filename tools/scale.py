@@ -2,6 +2,7 @@
 
     record    time every task of the pipeline on models of true widths with random weights; an hour on a quiet core
     workers   two Ray workers of one thread against one process with two; wants a quiet machine, ten minutes
+    cores     one process with 1, 2, 4, ... cores; wants a machine with many of them
     predict   fit the cost model, simulate schedules, predict; seconds
     show      the tables of docs/scale.md
 
@@ -21,7 +22,7 @@ from nashswarm.threads import wait_asleep
 wait_asleep()  # before torch is loaded
 
 from nashswarm import artifacts  # noqa: E402
-from nashswarm.benchmarks import costs, recording, scale, tables, workers  # noqa: E402
+from nashswarm.benchmarks import cores, costs, recording, scale, tables, workers  # noqa: E402
 from nashswarm.benchmarks.machine import machine  # noqa: E402
 from nashswarm.benchmarks.quantization import Shape  # noqa: E402
 from nashswarm.benchmarks.timing import plain  # noqa: E402
@@ -60,6 +61,12 @@ def record(widths: Annotated[list[int], typer.Argument()] = [256, 768, 1024, 160
 def compare(rounds: int = 5) -> None:
     """Two Ray workers against one process."""
     change({"workers": workers.compare(rounds), "machine": plain(machine(2, 256, 20))})
+
+
+@app.command("cores")
+def measure(counts: Annotated[list[int], typer.Argument()] = [1, 2, 4, 8, 16]) -> None:  # noqa: B006
+    """One process with more and more cores."""
+    change({"cores": {"rows": cores.measure(counts, progress), "machine": plain(machine(max(counts), 256, 20))}})
 
 
 @app.command()

@@ -13,3 +13,8 @@ def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
 
     console = Console(stderr=True)
     return track(items, title, console=console, disable=not console.is_terminal)
+
+
+def quiet(items: Sequence[Any], _: str) -> Iterable[Any]:
+    """Nothing."""
+    return items

@@ -11,7 +11,7 @@ than logits, from which the head makes the logits again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from nashswarm.blocks import batches_of, outputs_by_block
 from nashswarm.config import Evaluation, PaperProtocol
+from nashswarm.console import quiet
 from nashswarm.devices import resolve, wide
 from nashswarm.engine import LOCAL, Engine
 from nashswarm.intervals import Blocks, Interval, blocks, bootstrap, draw, rounded, student, tokens_needed
@@ -241,16 +242,12 @@ def _spread(function: Callable[..., Any], shared: Any, engine: Engine, progress:
     shares = batches_of(count, -(-count // engine.slots))
     if len(shares) == 1:
         return engine.map(function, shared, [(shares[0], progress)])
-    found = engine.map(function, shared, ((own, _silent) for own in shares))
+    found = engine.map(function, shared, ((own, quiet) for own in shares))
     return (part for _, part in zip(progress(shares, "shares of the text"), found, strict=True))
 
 
 def _count(reader: _Reader) -> int:
     return len(reader.batches)
-
-
-def _silent(items: Sequence[Any], _: str) -> Sequence[Any]:
-    return items
 
 
 def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from nashswarm import artifacts, packed
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Method, load_room
+from nashswarm.console import quiet
 from nashswarm.engine import FARTHER, LOCAL, Engine, Ray
 from nashswarm.models import Checkpoint, load_original, load_streamed
 from nashswarm.packed import Provenance, write_packed
@@ -347,7 +348,7 @@ def _tuner(model: Model, method: Method, ids: np.ndarray, engine: Engine) -> Tun
         return None
 
     def run(rounded: list[Any], vectors: dict[str, np.ndarray], progress: Progress) -> Tuned[Any]:
-        shown = _silent if engine.apart else progress
+        shown = quiet if engine.apart else progress
         work = method.codec, rounded, vectors, ids, settings, shown, engine.device
         (found,) = engine.map(_tune, engine.share(partial(_same, model), True), [work], alone=True)
         return found  # type: ignore[no-any-return]
@@ -367,10 +368,6 @@ def _tune(
 ) -> Tuned[Any]:
     load, search = partial(load_original, model.checkpoint.directory, model.index), load_room("codecs", codec).search
     return tune(load, model.index, search, rounded, vectors, ids, settings, progress, device)
-
-
-def _silent(items: Sequence[Any], _: str) -> Sequence[Any]:
-    return items
 
 
 # --- the order of things -------------------------------------------------------------------------------------------

@@ -173,12 +173,13 @@ def stripes(index: ModelIndex, layer: int) -> list[Stripe]:
         inside = [t for t in index.tensors if t.layer == layer]
         found = [(t.name, "second", t.shape[1], t.shape[1]) for t in inside]
         found += [(t.name, "gradient", t.shape[0], t.shape[0]) for t in inside]
-    return [
-        Stripe(name, moment, range(first, min(first + height, size)))
-        for name, moment, size, columns in found
-        for height in [max(1, STRIPE // (4 * columns))]
-        for first in range(0, size, height)
-    ]
+    return [Stripe(name, moment, rows) for name, moment, size, columns in found for rows in cuts(size, columns)]
+
+
+def cuts(rows: int, columns: int) -> list[range]:
+    """Rows of a float32 matrix in parts of STRIPE bytes at most."""
+    height = max(1, STRIPE // (4 * columns))
+    return [range(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from nashswarm.benchmarks.apart import alone, peak_bytes
 from nashswarm.benchmarks.machine import document, machine
 from nashswarm.benchmarks.timing import Row, Spread, interleaved, plain, significant
 from nashswarm.config import HEAD, Benchmark, Method, Scoring, load_room, parse_method, sizes
+from nashswarm.console import quiet
 from nashswarm.engine import Local
 from nashswarm.types import Choice, Job, ModelIndex, Progress, TensorSpec
 
@@ -173,11 +174,6 @@ def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def quiet(items: Sequence[Any], _: str) -> Iterable[Any]:
-    """No progress is shown."""
-    return items
 
 
 # --- round to nearest ----------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
 from nashswarm.benchmarks.apart import alone, peak_bytes
-from nashswarm.benchmarks.quantization import Shape, open_model, quiet, random_text, write_model
+from nashswarm.benchmarks.quantization import Shape, open_model, random_text, write_model
 from nashswarm.benchmarks.workload import BATCH, INSIDE, PASS, TABLES, At, Model, takes_time
 from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_method
+from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
 from nashswarm.folding import Folding, Here, Parts, Total
 from nashswarm.types import ModelIndex, Progress, TensorSpec, TokenizedSplit

@@ -24,7 +24,8 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
         "memory": _memory(document),
         "predictions": _predictions(document),
     }
-    return found | ({"workers": _workers(document)} if "workers" in document else {})
+    measured = {"workers": _workers, "cores": _cores}
+    return found | {name: table(document) for name, table in measured.items() if name in document}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -120,3 +121,14 @@ def _workers(document: Mapping[str, Any]) -> str:
         for row in document["workers"]["rows"]
     ]
     return _table(["stage", "local, s", "Ray, s", "local / Ray", "Ray simulated, s"], rows)
+
+
+def _cores(document: Mapping[str, Any]) -> str:
+    """Seconds with one core, and how many times faster more of them are."""
+    rows = document["cores"]["rows"]
+    few, *more = sorted(rows[0]["seconds"], key=int)
+
+    def row(stage: str, seconds: Mapping[str, float]) -> list[str]:
+        return [stage, f"{seconds[few]:.1f}", *(f"{seconds[few] / seconds[count]:.1f}" for count in more)]
+
+    return _table(["stage", f"s, {few} core", *more], [row(r["stage"], r["seconds"]) for r in rows])

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
-from nashswarm.benchmarks.quantization import Shape, open_model, quiet, random_text, write_model
+from nashswarm.benchmarks.quantization import Shape, open_model, random_text, write_model
 from nashswarm.benchmarks.recording import METHODS, READING, split_of
 from nashswarm.benchmarks.timing import Spread, interleaved, plain
 from nashswarm.benchmarks.workload import BATCH
 from nashswarm.config import Compute, Scoring, parse_method
+from nashswarm.console import quiet
 from nashswarm.engine import Engine, Local, Ray
 from nashswarm.threads import set_threads
 
@@ -43,9 +44,9 @@ def compare(rounds: int, methods: tuple[str, ...] = ("gptq4-g128", "market-coded
         root, deep = Path(scratch) / "shallow", Path(scratch) / "deep"
         write_model(root / "model", SHAPE)
         write_model(deep / "model", DEEP)
-        _score(deep, BATCH, Local(2))
+        score(deep, BATCH, Local(2))
         quick = f"pack {methods[0]}, {DEEP.layers} blocks"
-        stages = {**_stages(root, methods), quick: partial(_pack, deep, methods[0])}
+        stages = {**_stages(root, methods), quick: partial(pack, deep, methods[0])}
         found = []
         for name, stage in stages.items():
             engines: dict[str, Engine] = {"local": Local(2), "ray": ray}
@@ -74,30 +75,41 @@ def _cluster() -> Iterator[Ray]:
 
 def _stages(root: Path, methods: tuple[str, ...]) -> dict[str, Callable[[Engine], None]]:
     """Each needs those before it to have run once."""
-    packing = {f"pack {name}": partial(_pack, root, name) for name in methods}
-    evaluating = {f"evaluate {tokens} tokens": partial(_evaluate, root, methods[0], tokens) for tokens in EVALUATED}
-    return {f"score {SCORED} tokens": partial(_score, root, SCORED), **packing, **evaluating}
+    packing = {f"pack {name}": partial(pack, root, name) for name in methods}
+    evaluating = {f"evaluate {tokens} tokens": partial(evaluate, root, methods[0], tokens) for tokens in EVALUATED}
+    return {f"score {SCORED} tokens": partial(score, root, SCORED), **packing, **evaluating}
 
 
-def _score(root: Path, tokens: int, engine: Engine) -> None:
+def score(root: Path, tokens: int, engine: Engine) -> None:
+    """Gather statistics."""
     index = models.describe(root / "model")
     load, ids = partial(models.load_streamed, root / "model", index), random_text(index, tokens)
     for tensor, found in statistics.gather(load, index, ids, Scoring(tokens=tokens), quiet, None, engine):
         artifacts.write_statistics(root, tensor.name, found)
 
 
-def _pack(root: Path, name: str, engine: Engine) -> None:
-    """The bits are decided once."""
+def allocate(root: Path, name: str, engine: Engine) -> None:
+    """Decide the bits of a method."""
+    model, method = open_model(root), parse_method(name, METHODS[name])
+    with artifacts.fresh_directory(_bits(root, name)) as target:
+        artifacts.write_allocation(target, quantize.allocate(model, method, quiet, engine))
+
+
+def pack(root: Path, name: str, engine: Engine) -> None:
+    """Pack by a method, whose bits are decided once."""
     model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
-    kept = root / f"{name}-bits"
-    if not kept.exists():
-        with artifacts.fresh_directory(kept) as target:
-            artifacts.write_allocation(target, quantize.allocate(model, method, quiet, Local(2)))
-    allocation = artifacts.read_allocation(kept)
+    if not _bits(root, name).exists():
+        allocate(root, name, Local(2))
+    allocation = artifacts.read_allocation(_bits(root, name))
     quantize.pack(model, method, allocation, random_text(model.index, PREFIX), root / name, quiet, None, engine)
 
 
-def _evaluate(root: Path, name: str, tokens: int, engine: Engine) -> None:
+def _bits(root: Path, name: str) -> Path:
+    return root / f"{name}-bits"
+
+
+def evaluate(root: Path, name: str, tokens: int, engine: Engine) -> None:
+    """Measure what was packed by a method."""
     index = models.describe(root / "model")
     ids, path = random_text(index, tokens), root / f"said-{tokens}.safetensors"
     if not path.exists():

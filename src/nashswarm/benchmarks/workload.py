@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from nashswarm import entropy, rans
 from nashswarm.benchmarks.costs import Counts
-from nashswarm.statistics import STRIPE
+from nashswarm.statistics import cuts
 
 CONTEXT = 1024
 BATCH, PASS = 2048, 8192  # tokens of a pass: of score and evaluate, of the quantized prefix
 FIRST, WRITERS = "attn.c_attn", ("attn.c_proj", "mlp.c_proj")
 INSIDE = (FIRST, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # in the order in which they run
 TABLES = ("wte", "wpe")
+HISTOGRAM = 8 * entropy.TABLES * rans.SYMBOLS  # bytes, of what a matrix' codes are counted by
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +284,7 @@ def returned(label: str, at: At) -> float:
     if label == "settle":
         return 4 * at.out * at.inside
     if label == "_encode":
-        return at.out * at.into + 2 * (at.out + at.into)
+        return at.out * at.into + 2 * (at.out + at.into) + HISTOGRAM
     return 0
 
 
@@ -290,11 +292,6 @@ def parts(label: str, at: At) -> list[int]:
     """Bytes of the parts of a call that are added up on workers: one for each `statistics.Stripe`."""
     d = at.model.width
     if label == "_head":
-        return [*_stripes(d, d), 8 * at.model.vocabulary]
+        return [*(4 * d * len(rows) for rows in cuts(d, d)), 8 * at.model.vocabulary]
     moments = [at.model.shape(role)[side] for side in (1, 0) for role in INSIDE]
-    return [size for n in moments for size in _stripes(n, n)]
-
-
-def _stripes(rows: int, columns: int) -> list[int]:
-    height = STRIPE // (4 * columns)
-    return [4 * columns * min(height, rows - first) for first in range(0, rows, height)]
+    return [4 * n * len(rows) for n in moments for rows in cuts(n, n)]

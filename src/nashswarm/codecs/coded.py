@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -129,8 +129,8 @@ def offer(job: Job, settings: Settings) -> Candidates:
         codes, errors = _round_sample(relative * 2.0**-factor)
         errors = errors.mul(widths).mul_(2.0**factor)
         damages.append(0.5 * scale * float(errors.double().square().sum(1) @ damage))
-        size = _coded_bytes(codes, entropy.fit_scales(codes), trellis.machine(SAMPLE_STATES))
-        sizes.append(size * job.tensor.shape[0] / len(rows))
+        counts = entropy.histogram(codes, *entropy.fit_scales(codes), machine=trellis.machine(SAMPLE_STATES))
+        sizes.append(_coded_bytes(codes, counts) * job.tensor.shape[0] / len(rows))
     overhead = sum(job.tensor.shape) * 0.5  # a byte per row and column twice, compressed about four to one
     return Candidates(
         options=-factors,
@@ -163,10 +163,9 @@ def _round_sample(scaled: Tensor) -> tuple[np.ndarray, Tensor]:
     return np.ascontiguousarray(codes.T), torch.from_numpy(patch.values.T)
 
 
-def _coded_bytes(codes: np.ndarray, contexts: tuple[np.ndarray, np.ndarray], machine: trellis.Machine) -> float:
+def _coded_bytes(codes: np.ndarray, counts: np.ndarray) -> float:
     """Of codes with tables of their own."""
-    histogram = entropy.histogram(codes, *contexts, machine=machine)
-    return entropy.estimate_bytes(histogram, entropy.fit_tables(histogram)) + entropy.long_escape_bytes(codes)
+    return entropy.estimate_bytes(counts, entropy.fit_tables(counts)) + entropy.long_escape_bytes(codes)
 
 
 def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps]:
@@ -203,6 +202,7 @@ class Rounded:
     states: int
     codes: np.ndarray  # int8, int16 or int32 [out, in]: the narrowest that holds them
     contexts: tuple[np.ndarray, np.ndarray]  # int8 [out], int8 [in]
+    counts: np.ndarray  # int64 [TABLES, SYMBOLS], of symbols in their contexts
     size: float  # bytes of its codes with tables of its own
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -210,7 +210,7 @@ class Rounded:
         numbers = {k: np.array(getattr(self, k)) for k in ("base", "states", "size")}
         pairs = {"steps": (self.steps.rows, self.steps.columns), "contexts": self.contexts}
         named = {f"{k}.{side}": a for k, pair in pairs.items() for side, a in zip(SIDES, pair, strict=True)}
-        return {**numbers, **named, "codes": self.codes}
+        return {**numbers, **named, "codes": self.codes, "counts": self.counts}
 
     @classmethod
     def from_arrays(cls, tensor: TensorSpec, kept: Mapping[str, np.ndarray]) -> Self:
@@ -219,7 +219,7 @@ class Rounded:
         rows, columns, row_contexts, column_contexts = (kept[f"{k}.{s}"] for k in ("steps", "contexts") for s in SIDES)
         steps = Steps(base / BASE_UNITS, rows, columns)
         contexts = row_contexts, column_contexts
-        return cls(tensor.name, tensor.shape, base, steps, states, kept["codes"], contexts, size)
+        return cls(tensor.name, tensor.shape, base, steps, states, kept["codes"], contexts, kept["counts"], size)
 
     def weight(self) -> Tensor:
         """The rounded values, float32 [out, in]."""
@@ -240,13 +240,7 @@ class Rounded:
         """
         if codes.min() == trellis.OUT_OF_BOUNDS:
             raise InputError(f"{self.name}: codes reach {trellis.LARGEST} in tuning; lower tuning_rate")
-        contexts, size, narrow = _fitted(codes, trellis.machine(self.states))
-        return replace(self, codes=narrow, contexts=contexts, size=size)
-
-    def histogram(self) -> np.ndarray:
-        """Of symbols in their contexts."""
-        codes = self.codes.astype(np.int32)
-        return entropy.histogram(codes, *self.contexts, machine=trellis.machine(self.states))
+        return replace(self, **_fitted(codes, trellis.machine(self.states)))
 
 
 def search(rounded: Sequence[Rounded], device: torch.device) -> rounding.Processor | rounding.Gpu:
@@ -277,20 +271,21 @@ def round_one(job: Job, settings: Settings) -> Rounded:
             codes[patch.columns[:, None], patch.rows] = found
 
     feedback.sweep(job.weight, model.columns, model.spread, feedback.BLOCK, edges, visit)
-    contexts, size, narrow = _fitted(np.ascontiguousarray(codes.T), machine)
-    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, narrow, contexts, size)
+    fitted = _fitted(np.ascontiguousarray(codes.T), machine)
+    return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, **fitted)
 
 
-def _fitted(codes: np.ndarray, machine: trellis.Machine) -> tuple[tuple[np.ndarray, np.ndarray], float, np.ndarray]:
-    """Contexts of codes, int32 [out, in], their bytes, and the codes as narrow as they can be."""
+def _fitted(codes: np.ndarray, machine: trellis.Machine) -> dict[str, Any]:
+    """What `Rounded` holds of codes, int32 [out, in]; here, since matrices are rounded beside each other."""
     contexts = entropy.fit_scales(codes)
+    counts = entropy.histogram(codes, *contexts, machine=machine)
     narrow = codes.astype(np.min_scalar_type(-1 - np.abs(codes).max(initial=0)))
-    return contexts, _coded_bytes(codes, contexts, machine), narrow
+    return {"codes": narrow, "contexts": contexts, "counts": counts, "size": _coded_bytes(codes, counts)}
 
 
 def assemble(rounded: Sequence[Rounded]) -> Iterator[tuple[str, PackedTensor]]:
     """Fit the tables that all matrices have in common, and code every matrix."""
-    tables = entropy.fit_tables(np.sum([item.histogram() for item in rounded], 0))
+    tables = entropy.fit_tables(np.sum([item.counts for item in rounded], 0))
     shared = {"tables": _bytes(entropy.tables_to_bytes(tables)), "scales": _pack_scales(rounded)}
     position, total = 0, 2 * sum(sum(item.shape) for item in rounded)
     for item in rounded:

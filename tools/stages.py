@@ -2,10 +2,12 @@
 
     python tools/stages.py WORKSPACE --model 48x1600 --methods gptq4-g128,market-tiles-3_25 --device cuda
     python tools/stages.py OTHER --model reference --against WORKSPACE
+    python tools/stages.py THIRD --model FOLDER --also wiki.test.raw
 
-For machines that DVC is not on, and to compare devices: a model of GPT-2's make with random weights, LAYERSxWIDTH, or
-the embedded one; the embedded texts. Stages that ended before are not run again. Prints, for each stage, seconds and
-peak memory of the process and of the GPU, and with --against the largest differences to another workspace.
+For machines that DVC is not on, and to compare devices: a model of GPT-2's make with random weights, LAYERSxWIDTH, and
+the embedded texts; or the embedded model, or another that train_reference.py made, and the texts that it wrote. Stages
+that ended before are not run again. Prints, for each stage, seconds and peak memory of the process and of the GPU, and
+with --against the largest differences to another workspace.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.config import HEAD, sizes
 
 PROJECT = Path(__file__).resolve().parents[1]
-TEXTS, WEIGHTS = ("calibration", "validation", "test"), ("config.json", "model.safetensors")
+TEXTS = ("calibration", "validation", "test")
+TOKENIZER, WEIGHTS = ("tokenizer.json", "tokenizer_config.json"), ("config.json", "model.safetensors")
 
 
 def main(
     workspace: Annotated[Path, typer.Argument(help="made where it is not there")],
-    model: Annotated[str, typer.Option(help="'reference', or LAYERSxWIDTH")] = "reference",
+    model: Annotated[str, typer.Option(help="'reference', LAYERSxWIDTH, or a folder")] = "reference",
     methods: Annotated[str, typer.Option(help="of params.yaml, with commas between")] = "gptq4-g128,market-coded-3_0",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "cpu",
     threads: Annotated[int, typer.Option(help="of each stage")] = 2,
+    also: Annotated[Path | None, typer.Option(help="another text to measure on")] = None,
     against: Annotated[Path | None, typer.Option(help="another workspace of the same model and methods")] = None,
 ) -> None:
     """Prepare, run, print."""
     names = methods.split(",")
-    _prepare(workspace, model, names, device, threads)
+    _prepare(workspace, model, names, device, threads, also)
     pairs = [(stage, ["m", name]) for name in names for stage in ("allocate", "pack", "evaluate")]
     for stage, words in [("methods", []), *((s, ["m"]) for s in ("download", "score", "baseline")), *pairs]:
         _run(workspace, stage, words)
@@ -56,23 +60,26 @@ def main(
             print(line)
 
 
-def _prepare(workspace: Path, model: str, methods: list[str], device: str, threads: int) -> None:
+def _prepare(workspace: Path, model: str, methods: list[str], device: str, threads: int, also: Path | None) -> None:
     (workspace / "data").mkdir(parents=True, exist_ok=True)
     for name in ("src", "stages"):
         shutil.copytree(PROJECT / name, workspace / name, dirs_exist_ok=True)
-    reference, params = PROJECT / "data/reference", yaml.safe_load((PROJECT / "params.yaml").read_text())
-    directory = workspace.resolve() / "model"
+    given = Path(model).resolve() if Path(model).is_dir() else PROJECT / "data/reference"
+    drawn = not Path(model).is_dir() and model != "reference"
+    directory, params = workspace.resolve() / "model", yaml.safe_load((PROJECT / "params.yaml").read_text())
     if not directory.exists():
         directory.mkdir()
-        if model != "reference":
+        if drawn:
             layers, width = sizes(model)
             write_model(directory, Shape(layers, width, width // HEAD))
-        for name in ("tokenizer.json", "tokenizer_config.json", *WEIGHTS * (model == "reference")):
-            shutil.copyfile(reference / name, directory / name)
-    texts = {name: str(reference / f"{name}.txt") for name in TEXTS}
-    params["active"] |= {"models": ["m"], "calibration": "t", "corpora": ["t"], "methods": methods}
+        for name in TOKENIZER + WEIGHTS * (not drawn):
+            shutil.copyfile(given / name, directory / name)
+    corpora = {"t": {"source": "path", **{name: str(given / f"{name}.txt") for name in TEXTS}}}
+    if also:
+        corpora["also"] = {"source": "path", "test": str(also.resolve())}
+    params["active"] |= {"models": ["m"], "calibration": "t", "corpora": [*corpora], "methods": methods}
     params["models"] = {"m": {"source": "path", "path": str(directory)}}
-    params["corpora"] = {"t": {"source": "path", **texts}}
+    params["corpora"] = corpora
     params["compute"] = {"threads": threads, "device": device}
     (workspace / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 

@@ -361,6 +361,42 @@ def test_a_packing_that_misses_is_done_again(
     assert 0 <= asked - last <= 0.002 * asked
 
 
+@pytest.mark.parametrize("octaves", [-0.4, 0.4])
+@pytest.mark.parametrize("prefix_tokens", [0, 1024])
+def test_steps_farther_off_than_may_be_corrected_at_once_are_met(
+    octaves: float,
+    prefix_tokens: int,
+    larger: Model,
+    bought: Callable[[float], Allocation],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Codes take other bytes than were bought, by more than one round may correct."""
+    assert abs(octaves) > quantize.STEERING
+    caplog.set_level(logging.INFO, "nashswarm")
+    allocation = resized(bought(3.0), 1.0, step=octaves)
+    quantize.pack(larger, coded(3.0, prefix_tokens), allocation, calibration(), tmp_path / "p", no_progress)
+    asked, last = allocation.asked_bytes or 0, file_bytes(tmp_path / "p")
+    earlier = rounds_of(caplog)
+    assert abs(earlier[0] - asked) > 0.02 * asked
+    assert len(earlier) < quantize.PACKING_ROUNDS
+    assert 0 <= asked - last <= 0.002 * asked
+
+
+@pytest.mark.parametrize("octaves", [-0.6, 0.1, 0.6])
+def test_a_round_corrects_all_steps_alike_by_what_the_last_one_took(
+    octaves: float, larger: Model, bought: Callable[[float], Allocation]
+) -> None:
+    allocation, taken, corrections = resized(bought(3.0), 1.0, step=octaves), dict[str, float](), dict[str, float]()
+    for _ in range(2):
+        course = Course(Plain(larger), allocation, taken=taken)
+        list(quantize.encode(larger, coded(3.0), allocation, course, no_progress))
+        taken, corrections = course.taken_at_bought_steps(), course.corrections
+    *most, _ = corrections.values()  # the last one makes up for what is over
+    assert most == pytest.approx([-octaves] * len(most), abs=0.1)
+    assert sum(course.sizes.values()) == pytest.approx(total(allocation), rel=0.002)
+
+
 def test_what_fits_is_not_given_up_for_what_might_fit_better(
     larger: Model, bought: Callable[[float], Allocation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,8 +421,8 @@ def test_what_fits_is_not_given_up_for_what_might_fit_better(
 def test_a_budget_beyond_reach_is_named_and_leaves_nothing(
     larger: Model, bought: Callable[[float], Allocation], tmp_path: Path
 ) -> None:
-    """Steps two octaves too fine: more than steering may correct."""
-    allocation = resized(bought(3.0), 1.0, step=-2.0)
+    """Less than what a model takes beside its codes."""
+    allocation = dataclasses.replace(bought(3.0), asked_bytes=1000)
     with pytest.raises(NashSwarmError, match=r"^methods\.mine\.budget: \d+ bytes were packed, beyond \d+; raise it"):
         quantize.pack(larger, coded(3.0), allocation, NO_IDS, tmp_path / "p", no_progress)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from nashswarm.models import Checkpoint, load_original, load_streamed
 from nashswarm.packed import Provenance, write_packed
 from nashswarm.propagation import Aim, Propagation
 from nashswarm.recipes import KEPT, method_document, method_files
-from nashswarm.resume import BIAS, Finished, keep_misses, misses
+from nashswarm.resume import BIAS, Finished, Miss, keep_misses, misses
 from nashswarm.sharding import ShardedPropagation
 from nashswarm.tuning import Tuned, tune
 from nashswarm.types import (
@@ -49,7 +50,7 @@ CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bough
 SLACK = 0.001  # and when they are packed
 CAUTION = 4  # factor by which packing, from its third round on, aims lower and takes more slack: small models jump
 NEAR = 0.03  # share of the budget within which sizes that were measured can be carried to other steps
-STEERING = 0.25  # octaves by which a packing may correct steps
+STEERING = 0.25  # octaves by which a packing may correct steps, beyond what the round before says of all of them
 # Share of the budget that the first round leaves to tuning, which widens codes: files grew by 0.08 to 0.13 % at 3.0
 # bits (by 0.23 % at 2.5, where a second round was needed). The middle of what SLACK allows is the aim.
 GROWTH = 0.0012 + CLOSE
@@ -214,39 +215,61 @@ def pack(
     missed, tuner = misses(journal), _tuner(model, method, ids, engine)
     tokens, asked = getattr(method.codec_settings, "prefix_tokens", 0), allocation.asked_bytes
     all_bought = asked is not None and 0 < (allocation.bought_bytes or 0) < (1 - SLACK) * asked  # no more was for sale
-    reserve = GROWTH * (asked or 0) if tuner else 0.0
-    response, before = 1.0, (0.0, 0.0)  # `response`: bytes that one byte of reserve saves
-    fitting: list[tuple[int, float]] = []  # bytes packed, and with which reserve
-    for number in range(PACKING_ROUNDS):
-        if fitting and number == PACKING_ROUNDS - 1:
-            reserve = max(fitting)[1]  # once more what is known to fit
-        ease = CAUTION ** max(number - 1, 0)
-        if number < len(missed):
-            bought = missed[number]
-        else:
-            with _walk(model, ids, tokens, engine) as walk:
-                course = Course(walk, allocation, reserve=reserve, tuner=tuner)
-                _write(model, method, allocation, directory, course, progress, Finished(journal, number), engine)
-            bought = packed.file_bytes(directory)
-            if asked is None or not course.sizes:
-                break
-            if bought <= asked and (all_bought or asked - bought <= SLACK * ease * asked):
-                break
-            again = number < PACKING_ROUNDS - 1
-            logger.info("%d bytes packed, %d asked%s", bought, asked, ": once more" if again else "")
-            if again:
-                missed.append(bought)
-                keep_misses(journal, missed)
-        assert asked is not None
-        if bought <= asked:
-            fitting.append((bought, reserve))
-        if number and reserve != before[0]:
-            response = min(max((before[1] - bought) / (reserve - before[0]), 0.25), 1.0)
-        before = reserve, bought
-        reserve += (bought - asked * (1 - CLOSE / 2 * ease)) / response
-    if asked is not None and bought > asked:
+    expected = sum(c.size or 0.0 for c in allocation.choices.values())
+    rounds = Rounds(asked or 0, expected, GROWTH * (asked or 0) if tuner else 0.0)
+    for miss in missed:
+        rounds.learn(miss)
+    while True:
+        with _walk(model, ids, tokens, engine) as walk:
+            course = Course(walk, allocation, reserve=rounds.reserve, taken=rounds.taken, tuner=tuner)
+            _write(model, method, allocation, directory, course, progress, Finished(journal, rounds.number), engine)
+        bought = packed.file_bytes(directory)
+        if asked is None or not course.sizes or rounds.meets(bought, all_bought):
+            return
+        logger.info("%d bytes packed, %d asked%s", bought, asked, "" if rounds.last else ": once more")
+        if rounds.last:
+            break
+        missed.append(Miss(bought, sum(course.sizes.values()), course.taken_at_bought_steps()))
+        keep_misses(journal, missed)
+        rounds.learn(missed[-1])
+    if bought > asked:
         artifacts.remove_directory(directory)
         raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; raise it")
+
+
+@dataclasses.dataclass
+class Rounds:
+    """What a round of packing aims at, by what those before it took."""
+
+    asked: int  # bytes
+    expected: float  # of all codes, as they were bought
+    reserve: float  # of which to stay below
+    number: int = 0  # of the round
+    taken: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by the round before: see `Miss`
+    _fitting: list[tuple[int, float, Mapping[str, float]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def last(self) -> bool:
+        """Whether no other will follow."""
+        return self.number == PACKING_ROUNDS - 1
+
+    def meets(self, bought: int, anything: bool) -> bool:
+        """Whether this round's bytes will do. Arguments: `anything`, whether all do that fit."""
+        return bought <= self.asked and (anything or self.asked - bought <= SLACK * self._ease * self.asked)
+
+    def learn(self, miss: Miss) -> None:
+        """Go on to the next round: matrices will take what they took, and files what theirs took beside codes."""
+        if miss.bytes <= self.asked:
+            self._fitting.append((miss.bytes, self.reserve, self.taken))
+        aim = self.asked * (1 - CLOSE / 2 * self._ease)
+        self.reserve, self.taken = self.expected - (aim - (miss.bytes - miss.codes)), miss.taken
+        self.number += 1
+        if self.last and self._fitting:
+            _, self.reserve, self.taken = max(self._fitting, key=itemgetter(0))  # once more what is known to fit
+
+    @property
+    def _ease(self) -> int:
+        return CAUTION ** max(self.number - 1, 0)  # type: ignore[no-any-return]
 
 
 def encode(
@@ -436,6 +459,7 @@ class Course:
     walk: Walk
     allocation: Allocation
     reserve: float = 0.0  # bytes to stay below what was bought
+    taken: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by the round before: see `resume.Miss`
     steer: bool = True
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes of codes so far
     corrections: dict[str, float] = dataclasses.field(default_factory=dict)  # octaves by which their steps are coarser
@@ -493,16 +517,29 @@ class Course:
 
     def _correction(self) -> float:
         """log2 of the factor on the steps of the matrices to come that leads to the bytes that were bought."""
-        expected, slopes = self._expected, self._slopes
+        expected, slopes = {**self._expected, **self.taken}, self._slopes
         rest = [n for n in expected if n not in self.sizes]
         if not rest:
             return 0.0
         # Steps follow the inputs' moments, which are measured anew: what that did to sizes, it will do to their like.
-        seen = {n: self.sizes[n] + self.corrections.get(n, 0.0) * slopes[n] for n in self.sizes if n in expected}
+        seen = self.taken_at_bought_steps()
         coming = sum(expected[n] * _growth(n, seen, expected) for n in rest)
-        left = sum(expected.values()) - self.reserve - sum(self.sizes.values())
-        octaves = (coming - left) / max(sum(slopes[n] for n in rest), 1e-9)
-        return min(max(octaves, -STEERING), STEERING)
+        octaves = (coming - self._aim + sum(self.sizes.values())) / max(sum(slopes[n] for n in rest), 1e-9)
+        return min(max(octaves, self._middle - STEERING), self._middle + STEERING)
+
+    def taken_at_bought_steps(self) -> dict[str, float]:
+        """Bytes of the matrices so far, had their steps been those that were bought."""
+        own = self._slopes
+        return {n: size + self.corrections.get(n, 0.0) * own[n] for n, size in self.sizes.items() if n in own}
+
+    @property
+    def _aim(self) -> float:
+        return sum(self._expected.values()) - self.reserve
+
+    @cached_property
+    def _middle(self) -> float:
+        """Octaves by which all steps alike should be corrected, as far as the round before says."""
+        return (sum(self.taken.values()) - self._aim) / max(sum(self._slopes.values()), 1e-9) if self.taken else 0.0
 
 
 def _growth(name: str, seen: Mapping[str, float], expected: Mapping[str, float]) -> float:

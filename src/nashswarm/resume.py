@@ -4,8 +4,8 @@ What a packing makes of a matrix follows from those before it. So finished ones 
 the fingerprint of all that decides them (`quantize.open_journal`): the codes, the bias that went with them, and the
 round of packing that they are of. The run that goes on puts them into the model in the same order, without aiming or
 rounding, and carries both streams of the propagation past them; from the first matrix that is missing it does what the
-undisturbed run does. Of a round that missed the budget only its bytes are kept; its matrices are overwritten by the
-next round's.
+undisturbed run does. Of a round that missed the budget only the sizes are kept, by which the next one steers; its
+matrices are overwritten by the next round's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from nashswarm.artifacts import Journal
 from nashswarm.types import TensorSpec
 
-BIAS, ROUND, MISSES = "bias", "round", "misses"
+BIAS, ROUND, MISSES, TOTALS = "bias", "round", "misses", "totals"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,29 @@ class Finished:
             self.journal.keep(_step(tensor), {**arrays, **with_bias, ROUND: np.array(self.round)})
 
 
-def misses(journal: Journal | None) -> list[int]:
-    """Bytes packed in each round that was to be done again."""
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A round of packing that was to be done again."""
+
+    bytes: int  # of the packed files
+    codes: float  # of all codes, before they were written
+    taken: Mapping[str, float]  # bytes of each matrix' codes, had its steps been those that were bought
+
+
+def misses(journal: Journal | None) -> list[Miss]:
+    """The rounds that were to be done again."""
     kept = journal.read(MISSES) if journal else None
-    return [] if kept is None else kept[MISSES].tolist()
+    if kept is None:
+        return []
+    taken = [{n: float(sizes[i]) for n, sizes in kept.items() if n != TOTALS} for i in range(len(kept[TOTALS]))]
+    return [Miss(int(size), codes, own) for (size, codes), own in zip(kept[TOTALS].tolist(), taken, strict=True)]
 
 
-def keep_misses(journal: Journal | None, found: list[int]) -> None:
-    """Note how many bytes the rounds took that are to be done again."""
+def keep_misses(journal: Journal | None, found: list[Miss]) -> None:
+    """Note the rounds that are to be done again."""
     if journal:
-        journal.keep(MISSES, {MISSES: np.array(found, np.int64)})
+        taken = {name: np.array([m.taken[name] for m in found]) for name in found[0].taken}
+        journal.keep(MISSES, {TOTALS: np.array([[m.bytes, m.codes] for m in found]), **taken})
 
 
 def _step(tensor: TensorSpec) -> str:

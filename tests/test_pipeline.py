@@ -232,10 +232,19 @@ def _all_of(key: str, read: set[str]) -> bool:
 
 
 def function(path: Path, name: str) -> ast.FunctionDef:
-    for node in ast.walk(syntax(path)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-    raise LookupError(f"{path} has no function {name}")
+    found = _functions(path.read_text(encoding="utf-8")).get(name)
+    if found is None:
+        raise LookupError(f"{path} has no function {name}")
+    return found
+
+
+@cache
+def _functions(text: str) -> dict[str, ast.FunctionDef]:
+    found: dict[str, ast.FunctionDef] = {}
+    for node in ast.walk(_parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, node)  # of two, the outer
+    return found
 
 
 # --- artifacts -----------------------------------------------------------------------------------------------------

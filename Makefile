@@ -38,7 +38,7 @@ difference: $(READY)  ## what this commit does to main's figures (BASE=... anoth
 
 test: $(READY)  ## the offline test suite, with lint and types
 	ruff check . && ruff format --check . && mypy
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-scale: $(READY)  ## true shapes of large models: minutes and gigabytes
 	python -m pytest -m scale

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made once for a session.
+"""Tiny models with random weights, made once for a session, and the miniature that DVC ran, made once for all workers.
 
 GPT-2 (Conv1D, tied), OPT (tied, offset positions), Llama (grouped queries, a head of its own). Everything is seeded and
 offline. Heavy imports happen inside fixtures, so that tests without models start at once.
@@ -20,6 +20,7 @@ import yaml
 
 if TYPE_CHECKING:
     import torch
+    from miniature import Project
 
     from nashswarm.config import Method, Params
     from nashswarm.corpora import TokenizedSplit
@@ -257,3 +258,36 @@ def packed(
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints) -> Project:
+    """The miniature, run once before witnesses and committed: the first worker that asks makes it for all.
+
+    Read it or copy it: DVC and `git status` write below .dvc and .git, and another worker may be copying those.
+    """
+    from filelock import FileLock
+    from miniature import Project, make_run
+
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # each worker has a folder in it
+    note = session / "miniature.json"
+    with FileLock(session / "miniature.lock"):
+        if not note.is_file():
+            project = make_run(tmp_path_factory.mktemp("miniature"), checkpoint("gpt2"))
+            note.write_text(json.dumps([str(project.root), str(project.home), project.first]), encoding="utf-8")
+        root, home, first = json.loads(note.read_text(encoding="utf-8"))
+    return Project(Path(root), Path(home), first)
+
+
+@pytest.fixture
+def copy(miniature: Project, tmp_path: Path) -> Project:
+    """A copy of the miniature, outputs and cache included, to change at will."""
+    return miniature.copy(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run DVC take longest, so they come first: what starts last, a worker does while others wait."""
+    long = {item.path for item in items if item.get_closest_marker("pipeline")}
+    items.sort(key=lambda item: item.path not in long)

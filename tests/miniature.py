@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,20 @@ from nashswarm.config import parse_params
 
 METHODS = ("fp32", "nash", "rtn4-g64")
 SPLITS = ("calibration", "validation", "test")
+
+# As src/sitecustomize.py: where LOADED names a folder, a process notes there which of the project's files it loaded.
+WITNESS = """
+import atexit, json, os, pathlib, sys
+
+def note():
+    files = {pathlib.Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
+    here = pathlib.Path.cwd()
+    names = sorted(f.relative_to(here).as_posix() for f in files if f.is_relative_to(here))
+    (pathlib.Path(os.environ["LOADED"]) / f"{os.getpid()}.json").write_text(json.dumps([sys.argv[0], names]))
+
+if "LOADED" in os.environ:
+    atexit.register(note)
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,10 @@ class Project:
     def dvc(self, *words: str) -> str:
         return self.call("dvc", *words).stdout
 
+    def stale(self) -> list[str]:
+        """The stages that DVC says it would run, for what has changed since; those that follow from them left out."""
+        return sorted(json.loads(self.dvc("status", "--json")))
+
     def git(self, *words: str) -> str:
         return self.call("git", *words).stdout
 
@@ -100,6 +119,12 @@ def of_method(method: str) -> list[str]:
     return [f"{stage}@reference-{method}" for stage in ("allocate", "pack", "evaluate")]
 
 
+def edit(project: Project, file: str) -> None:
+    """Append what changes a file and nothing that it does."""
+    with (project.root / file).open("a", encoding="utf-8") as opened:
+        opened.write("\n\nUNUSED = 0\n")
+
+
 def copy_code(target: Path) -> None:
     """With what numba has compiled of it, since that takes longer than most of what is run here."""
     for name in ("src", "stages"):
@@ -129,3 +154,13 @@ def make(root: Path, home: Path, model: Path) -> Project:
     parse_params(project.raw())
     project.git("init", "--quiet", "--initial-branch=main")
     return project
+
+
+def make_run(directory: Path, model: Path) -> Project:
+    """A project in `directory`, run once before witnesses, whose notes lie in its home's `loaded`, and committed."""
+    project = make(directory / "project", directory / "home", model)
+    (project.root / "src/sitecustomize.py").write_text(WITNESS, encoding="utf-8")
+    (project.home / "loaded").mkdir(parents=True)
+    output = project.call("dvc", "repro", LOADED=str(project.home / "loaded")).stdout
+    project.commit()
+    return dataclasses.replace(project, first=output)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, PROJECT, Checkpoints, Models
-from miniature import Project, make, ran
+from miniature import Project, edit, ran
 
 from nashswarm import artifacts, bitpack, metrics, models, peering, tooling
 from nashswarm.config import ConfigError, Evaluation, load_params, load_room, parse_params, parse_peer, room_names
@@ -346,24 +346,20 @@ def test_metrics_hold_every_byte_or_the_reason(job: PeerJob) -> None:
 
 
 @pytest.mark.pipeline
-def test_the_pipeline_lists_and_runs_peers(
-    tmp_path: Path, checkpoint: Checkpoints, stub: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project: Project = make(tmp_path / "project", tmp_path / "home", checkpoint("gpt2"))
+def test_the_pipeline_lists_and_runs_peers(copy: Project, stub: Callable[..., None]) -> None:
     stub()
     own = {"mine": {"tool": "hqq", "bits": 4}, "other": {"tool": "quanto", "bits": 4}}
-    raw = project.raw()
-    project.set(active={"methods": ["fp32"], "peers": ["mine", "other"]}, peers={**raw["peers"], **own})
-    stages = ran(project.dvc("repro"))
-    assert {f"{s}@reference-{p}" for s in ("peer", "evaluate_peer") for p in own} <= set(stages)
-    documents = {p: json.loads((project.root / f"metrics/reference/{p}.json").read_text()) for p in own}
+    copy.set(active={"methods": ["fp32"], "peers": ["mine", "other"]}, peers=own)
+    stages = {f"{s}@reference-{p}" for s in ("peer", "evaluate_peer") for p in own}
+    assert set(ran(copy.dvc("repro"))) == {"methods", *stages, "report"}
+    documents = {p: json.loads((copy.root / f"metrics/reference/{p}.json").read_text()) for p in own}
     assert documents["mine"]["peer"]["version"] == "1.2.3"
     assert documents["mine"]["quality"]["sampled"]["delta_loss"] != 0
     assert "No module named 'optimum'" in documents["other"]["peer"]["reason"]
-    page = (project.root / "report/report.md").read_text()
+    page = (copy.root / "report/report.md").read_text()
     assert "other: ModuleNotFoundError" in page
-    assert (project.root / "report/peers-reference-sampled.png").is_file()
-    assert ran(project.dvc("repro")) == []
-    edit = project.root / "src/nashswarm/peers/quanto.py"
-    edit.write_text(f"{edit.read_text()}\n\nUNUSED = 0\n")
-    assert "peer@reference-mine" not in ran(project.dvc("repro"))
+    assert (copy.root / "report/peers-reference-sampled.png").is_file()
+    assert ran(copy.dvc("repro")) == []
+    edit(copy, "src/nashswarm/peers/quanto.py")
+    assert ran(copy.dvc("repro", "imports", "methods")) == ["imports", "methods"]
+    assert copy.stale() == ["peer@reference-other"]

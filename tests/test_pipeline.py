@@ -2,8 +2,9 @@
 
 The first part reads dvc.yaml and the syntax trees: a stage's `deps` are its list of code, which `imports` writes, and
 the artifacts that it reads, its `params` the keys that it reads, its `outs` what it writes; nothing is missing and
-nothing is needless. Each check is proven on a planted violation. The second part (marker `pipeline`) runs DVC on a copy
-of the project with a tiny model, and holds the lists against what each stage's process has loaded at its end.
+nothing is needless. Each check is proven on a planted violation. The second part (marker `pipeline`) looks at
+what DVC has run on a miniature of the project with a tiny model, and holds the lists against what each stage's process
+had loaded at its end. What changes make DVC run again is in test_changes.py.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from conftest import PROJECT, Checkpoints, tiny_text
-from miniature import METHODS, SPLITS, Project, copy_code, make, of_method, ran
+from conftest import PROJECT
+from miniature import METHODS, Project, copy_code, of_method, ran
 
 from nashswarm.artifacts import Layout
 from nashswarm.closure import closure, fingerprint
-from nashswarm.config import Params, Scoring, load_params, room_names
+from nashswarm.config import Params, load_params, room_names
 from nashswarm.recipes import method_files
 
 ROOMS = tuple(f"src/nashswarm/{room}" for room in ("importance", "allocators", "codecs", "peers"))
@@ -232,10 +232,19 @@ def _all_of(key: str, read: set[str]) -> bool:
 
 
 def function(path: Path, name: str) -> ast.FunctionDef:
-    for node in ast.walk(syntax(path)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
-    raise LookupError(f"{path} has no function {name}")
+    found = _functions(path.read_text(encoding="utf-8")).get(name)
+    if found is None:
+        raise LookupError(f"{path} has no function {name}")
+    return found
+
+
+@cache
+def _functions(text: str) -> dict[str, ast.FunctionDef]:
+    found: dict[str, ast.FunctionDef] = {}
+    for node in ast.walk(_parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, node)  # of two, the outer
+    return found
 
 
 # --- artifacts -----------------------------------------------------------------------------------------------------
@@ -597,38 +606,6 @@ def test_recipe_covers_what_a_method_names() -> None:
 # --- DVC on a miniature --------------------------------------------------------------------------------------------
 
 
-# As src/sitecustomize.py: where LOADED names a folder, a process notes there which of the project's files it loaded.
-WITNESS = """
-import atexit, json, os, pathlib, sys
-
-def note():
-    files = {pathlib.Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    here = pathlib.Path.cwd()
-    names = sorted(f.relative_to(here).as_posix() for f in files if f.is_relative_to(here))
-    (pathlib.Path(os.environ["LOADED"]) / f"{os.getpid()}.json").write_text(json.dumps([sys.argv[0], names]))
-
-if "LOADED" in os.environ:
-    atexit.register(note)
-"""
-
-
-@pytest.fixture(scope="module")
-def miniature(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoints) -> Project:
-    """The miniature, run once before witnesses and committed; do not write to it."""
-    project = make(tmp_path_factory.mktemp("miniature"), tmp_path_factory.mktemp("home"), checkpoint("gpt2"))
-    (project.root / "src/sitecustomize.py").write_text(WITNESS, encoding="utf-8")
-    (project.home / "loaded").mkdir()
-    output = project.call("dvc", "repro", LOADED=str(project.home / "loaded")).stdout
-    project.commit()
-    return dataclasses.replace(project, first=output)
-
-
-@pytest.fixture
-def copy(miniature: Project, tmp_path: Path) -> Project:
-    """A copy of the miniature, outputs and cache included, to change at will."""
-    return miniature.copy(tmp_path)
-
-
 @pytest.mark.pipeline
 def test_first_run_runs_every_stage_once(miniature: Project) -> None:
     expected = {"imports", "methods", "report", *(f"{s}@reference" for s in ("download", "score", "baseline"))}
@@ -654,9 +631,9 @@ def test_lists_hold_all_that_a_stage_has_loaded_at_its_end(miniature: Project) -
 
 
 @pytest.mark.pipeline
-def test_second_run_runs_nothing_and_leaves_git_clean(miniature: Project) -> None:
-    assert ran(miniature.dvc("repro")) == []
-    assert miniature.git("status", "--porcelain") == ""
+def test_second_run_runs_nothing_and_leaves_git_clean(copy: Project) -> None:
+    assert ran(copy.dvc("repro")) == []
+    assert copy.git("status", "--porcelain") == ""
 
 
 @pytest.mark.pipeline
@@ -676,439 +653,3 @@ def test_recipes_name_their_codecs_and_no_others(miniature: Project) -> None:
         "rtn4-g64": {"grouped", "kept"},
     }
     assert {"src/nashswarm/entropy.py", "src/nashswarm/rans.py"} <= set(codes["nash"])
-
-
-@pytest.mark.pipeline
-def test_experiment_with_one_setting_touches_one_method(copy: Project) -> None:
-    output = copy.dvc("exp", "run", "--name", "finer", "-S", "methods.rtn4-g64.group=32")
-    assert ran(output) == ["methods", *of_method("rtn4-g64"), "report"]
-
-    shown = json.loads(copy.dvc("exp", "show", "--json"))
-    experiments = [e for row in shown for e in row["experiments"] or ()]
-    assert [e["name"] for e in experiments] == ["finer"]
-
-    copy.dvc("exp", "branch", "finer", "finer")
-    changed = copy.git("diff", "--name-only", "main", "finer").split()
-    assert sorted(changed) == ["dvc.lock", "metrics/reference/rtn4-g64.json", "params.yaml"]
-    difference = json.loads(copy.dvc("metrics", "diff", "main", "finer", "--json"))
-    assert list(difference) == ["metrics/reference/rtn4-g64.json"]
-    figures = difference["metrics/reference/rtn4-g64.json"]
-    assert figures["size.file_bytes"]["diff"] > 0
-    assert "quality.sampled.loss" in figures
-
-
-@pytest.mark.pipeline
-def test_branches_are_compared_as_a_comment_and_as_plots(copy: Project) -> None:
-    copy.git("switch", "--quiet", "--create", "change")
-    copy.set(methods={"rtn4-g64": {**copy.raw()["methods"]["rtn4-g64"], "group": 32}})
-    copy.dvc("repro")
-    copy.commit()
-    before = copy.files()
-    copy.call(str(PROJECT / "tools/difference.sh"), "main")
-    made = {name: data for name, data in copy.files().items() if name not in before}
-    assert set(made) == {"difference/comment.md", "difference/index.html"}
-    assert before.items() <= copy.files().items()
-    assert copy.git("status", "--porcelain") == ""
-
-    table, everything = made["difference/comment.md"].decode().split("<details>")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| metrics/" in line]
-    assert {path for path, *_ in rows} == {"metrics/reference/rtn4-g64.json"}
-    names = ("quality.sampled.delta_loss_percent", "quality.sampled.kl_mean", "size.bits_per_weight")
-    assert sorted(name for _, name, *_ in rows) == list(names)
-    assert all(float(new) - float(old) == pytest.approx(float(by)) and old != new for *_, old, new, by in rows)
-    assert "size.file_bytes" in everything
-    assert "size.file_bytes" not in table
-
-    page = made["difference/index.html"].decode()
-    for revision in ("base", "change"):
-        assert page.count(f'"rev": "{revision}"') == 2 * len(METHODS)  # two plots
-
-    copy.call(str(PROJECT / "tools/difference.sh"), "HEAD", "same")
-    assert "No figure differs." in (copy.root / "same/comment.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.pipeline
-def test_plots_show_every_method(copy: Project) -> None:
-    copy.dvc("plots", "show", "--out", "plots")
-    page = (copy.root / "plots/index.html").read_text(encoding="utf-8")
-    assert page.count('"rev": "workspace"') == 2 * len(METHODS)
-    assert all(f'"method": "{method}"' in page for method in METHODS)
-
-
-@pytest.mark.pipeline
-def test_seeds_are_measured_beside_the_project(copy: Project) -> None:
-    before = copy.files()
-    words = ("reference", "--methods", "rtn4-g64", "--count", "2")
-    copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), *words)
-    made = {name: data for name, data in copy.files().items() if name not in before}
-    assert set(made) == {"metrics/seeds/reference/rtn4-g64.json"}
-    assert before.items() <= copy.files().items()
-    own = json.loads(before["metrics/reference/rtn4-g64.json"])
-    found = json.loads(made["metrics/seeds/reference/rtn4-g64.json"])["quality"]["sampled"]
-    first, second = (found["seeds"][seed] for seed in ("0", "1"))
-    assert first["loss"] == own["quality"]["sampled"]["loss"]
-    assert first["bits_per_weight"] == own["size"]["bits_per_weight"]
-    assert first["loss"] != second["loss"]
-    assert found["standard_deviation"]["loss"] == pytest.approx(abs(first["loss"] - second["loss"]) / 2**0.5, abs=1e-6)
-    assert ran(copy.dvc("repro")) == ["report"]
-    assert "Calibration seeds: reference on sampled" in (copy.root / "report/report.md").read_text(encoding="utf-8")
-    assert "seeds/" not in copy.dvc("metrics", "show")  # DVC's tables pass over what no stage makes
-
-
-@pytest.mark.pipeline
-def test_seeds_are_not_measured_on_what_is_stale(copy: Project) -> None:
-    copy.set(evaluation={"context": 16})
-    before = copy.files()
-    done = copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), ok=False)
-    assert done.returncode == 1
-    assert "download@reference, baseline@reference: not up to date; run `dvc repro" in done.stderr
-    assert copy.files() == before
-
-
-@pytest.mark.pipeline
-def test_seeds_are_not_measured_beside_what_older_code_made(copy: Project) -> None:
-    edit(copy, "src/nashswarm/intervals.py")
-    done = copy.call(sys.executable, str(PROJECT / "tools/seeds.py"), ok=False)
-    assert done.returncode == 1
-    assert "imports: not up to date; run `dvc repro download@reference baseline@reference` first" in done.stderr
-
-
-@pytest.mark.pipeline
-def test_benchmarks_are_run_where_they_are_named_and_shown(copy: Project) -> None:
-    small = {"rounds": 1, "cold_mib": 1, "packing": {"widths": [2], "codes": 1000, "coded": 1000}}
-    copy.set(active={"benchmarks": ["packing"]}, benchmark=small)
-    assert ran(copy.dvc("repro")) == ["benchmark@packing", "report"]
-    assert "Codes to bytes and back" in (copy.root / "report/report.md").read_text(encoding="utf-8")
-    assert ran(copy.dvc("repro")) == []
-    copy.set(active={"benchmarks": []})
-    assert ran(copy.dvc("repro")) == ["report"]  # active is among its params; what was measured stays
-
-
-@pytest.mark.pipeline
-def test_experiment_in_a_temporary_workspace_leaves_the_own_one_alone(copy: Project) -> None:
-    before = copy.files()
-    output = copy.dvc("exp", "run", "--temp", "--name", "alone", "-S", "active.methods=[fp32]")
-    assert ran(output) == ["methods", "report"]
-    assert copy.files() == before
-    assert "alone" in copy.dvc("exp", "list", "--name-only")
-
-
-@pytest.mark.pipeline
-def test_scoring_touches_neither_download_nor_baseline(copy: Project) -> None:
-    copy.set(scoring={"tokens": 256})
-    assert ran(copy.dvc("repro", "score@reference", "baseline@reference")) == ["score@reference"]
-
-
-def edit(project: Project, file: str) -> None:
-    """Append what changes a file and nothing that it does."""
-    with (project.root / file).open("a", encoding="utf-8") as opened:
-        opened.write("\n\nUNUSED = 0\n")
-
-
-@pytest.mark.pipeline
-def test_codec_touches_only_the_methods_that_use_it(copy: Project) -> None:
-    edit(copy, "src/nashswarm/codecs/grouped.py")
-    # Figures stay as they are, so the report, which is made of them, stays too.
-    assert ran(copy.dvc("repro")) == ["imports", "methods", *of_method("rtn4-g64")]
-    assert copy.git("status", "--porcelain", "metrics") == ""
-
-
-@pytest.mark.pipeline
-@pytest.mark.parametrize(
-    ("file", "touched"),
-    [
-        ("src/nashswarm/intervals.py", {"baseline", "evaluate", "report"}),
-        ("src/nashswarm/bitmap.py", {"report"}),
-        ("src/nashswarm/kernels/tiles.cpp", set()),
-        ("stages/score.py", {"score"}),
-    ],
-)
-def test_code_touches_only_the_stages_that_import_it(file: str, touched: set[str], copy: Project) -> None:
-    edit(copy, file)
-    found = ran(copy.dvc("repro"))
-    expected = {name for name in ran(copy.first) if name.partition("@")[0] in touched}
-    assert sorted(found) == sorted({"imports", *expected})
-    assert copy.git("status", "--porcelain", "metrics") == ""
-    assert json.loads(copy.dvc("status", "--json")) == {}
-
-
-@pytest.mark.pipeline
-def test_a_late_import_is_followed_from_then_on(copy: Project) -> None:
-    with (copy.root / "stages/report.py").open("a", encoding="utf-8") as file:
-        file.write("\n\ndef late() -> None:\n    import nashswarm.statistics\n")
-    assert ran(copy.dvc("repro")) == ["imports", "report"]
-    edit(copy, "src/nashswarm/statistics.py")
-    assert ran(copy.dvc("repro", "report")) == ["imports", "score@reference", "report"]
-
-
-@pytest.mark.pipeline
-def test_compiled_files_are_no_code(copy: Project) -> None:
-    kernels = copy.root / "src/nashswarm/kernels"
-    for path in (kernels / "_tiles.cpython-311-x86_64-linux-gnu.so", kernels / "__pycache__/build.pyc"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"")
-    assert ran(copy.dvc("repro")) == []
-
-
-@pytest.mark.pipeline
-def test_code_edited_since_makes_no_result_under_old_hashes(copy: Project) -> None:
-    edit(copy, "src/nashswarm/statistics.py")
-    before = (copy.root / "dvc.lock").read_bytes()
-    done = copy.call("dvc", "repro", "--force", "--single-item", "score@reference", ok=False)
-    wanted = "src/nashswarm/statistics.py: changed since data/imports/score.json was written; run `dvc repro imports`"
-    assert done.returncode != 0
-    assert wanted in done.stderr
-    assert (copy.root / "dvc.lock").read_bytes() == before
-    assert ran(copy.dvc("repro", "imports", "baseline@reference")) == ["imports"]
-    copy.dvc("repro", "--force", "--single-item", "score@reference")
-
-
-@pytest.mark.pipeline
-def test_added_corpus_touches_what_measures(copy: Project) -> None:
-    for seed, split in enumerate(SPLITS):
-        (copy.root / f"own-{split}.txt").write_text("\n".join(tiny_text(30, 20 + seed)), encoding="utf-8")
-    own = {"source": "path", **{split: f"own-{split}.txt" for split in SPLITS}}
-    copy.set(corpora={"own": own}, active={"corpora": ["sampled", "own"]})
-    output = copy.dvc("repro", "score@reference", "baseline@reference")
-    assert ran(output) == ["download@reference", "baseline@reference"]
-    assert (copy.root / "data/baselines/reference/own.safetensors").is_file()
-    stale = json.loads(copy.dvc("status", "--json"))
-    assert sorted(stale) == sorted(["report", *(f"evaluate@reference-{m}" for m in METHODS)])
-
-
-@pytest.mark.pipeline
-def test_added_model_touches_no_other(copy: Project) -> None:
-    copy.set(models={"own": {"source": "path", "path": "data/reference"}}, active={"models": ["reference", "own"]})
-    stale = json.loads(copy.dvc("status", "--json"))
-    expected = {"report", *(f"{s}@own" for s in ("download", "score", "baseline"))}
-    expected |= {stage.replace("@reference-", "@own-") for m in METHODS for stage in of_method(m)}
-    assert sorted(stale) == sorted(expected)
-
-
-@pytest.mark.pipeline
-def test_the_command_makes_the_same_bytes(copy: Project) -> None:
-    """Of a model and a text given by path, by the same settings; batches are the command's own."""
-    method = "market-coded-6_0"
-    own = {"source": "path", "calibration": "data/reference/calibration.txt", "test": "data/reference/test.txt"}
-    copy.set(
-        models={"own": {"source": "path", "path": "data/reference"}},
-        corpora={"own": own},
-        active={"models": ["own"], "calibration": "own", "corpora": ["own"], "methods": [method]},
-        scoring={"batch_tokens": Scoring().batch_tokens},
-    )
-    copy.dvc("repro", f"pack@own-{method}")
-    (copy.root / "method.yaml").write_text(yaml.safe_dump({method: copy.raw()["methods"][method]}), encoding="utf-8")
-    words = "quantize data/reference --text data/reference/calibration.txt --tokens 512 --name own --method method.yaml"
-    python = (sys.executable, "-m", "nashswarm.cli", *words.split(), "-o", "packed")
-    copy.call(*python, PYTHONPATH="src")
-    one, other = (
-        {p.name: p.read_bytes() for p in (copy.root / path).iterdir()}
-        for path in ("packed", f"data/packed/own/{method}")
-    )
-    assert one == other
-
-
-@pytest.mark.pipeline
-def test_fresh_clone_makes_the_same_bytes(miniature: Project, tmp_path: Path) -> None:
-    miniature.git("clone", "--quiet", str(miniature.root), str(tmp_path / "clone"))
-    clone = dataclasses.replace(miniature, root=tmp_path / "clone")
-    output = clone.dvc("repro", "evaluate@reference-nash", "evaluate@reference-rtn4-g64")
-    assert len(ran(output)) == 5 + 2 * 3
-    assert clone.git("status", "--porcelain") == ""  # dvc.lock holds the hash of every output
-    made = {n: b for n, b in clone.files().items() if n.startswith(("data/packed/", "metrics/"))}
-    assert {f"data/packed/reference/{m}/packed.safetensors" for m in ("nash", "rtn4-g64")} < set(made)
-    assert made == {n: b for n, b in miniature.files().items() if n in made}
-
-
-# --- a remote for colleagues ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Where `dvc push` goes, what a process needs to get there, and its objects by name."""
-
-    url: str
-    settings: dict[str, str]
-    environment: dict[str, str]
-    sizes: Callable[[], dict[str, int]]
-    overwrite: Callable[[str, bytes], object]
-
-
-@pytest.fixture(params=["directory", "s3"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Remote]:
-    if request.param == "directory":
-        store = tmp_path / "store"
-
-        def overwrite(name: str, data: bytes) -> None:
-            (store / name).chmod(0o644)
-            (store / name).write_bytes(data)
-
-        def sizes() -> dict[str, int]:
-            return {str(p.relative_to(store)): p.stat().st_size for p in store.rglob("*") if p.is_file()}
-
-        yield Remote(str(store), {"verify": "true"}, {}, sizes, overwrite)
-        return
-    pytest.importorskip("dvc_s3", reason="pip install 'nash-swarm[remote]'")
-    server = pytest.importorskip("moto.server", reason="pip install 'nash-swarm[dev]'").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    import boto3  # type: ignore[import-not-found, unused-ignore]
-
-    address = f"http://{host}:{port}"
-    bucket = boto3.resource(
-        "s3", endpoint_url=address, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
-    ).Bucket("swarm")
-    bucket.create()
-    yield Remote(
-        "s3://swarm/store",
-        {"endpointurl": address, "verify": "true"},
-        keys,
-        lambda: {o.key: o.size for o in bucket.objects.all()},
-        lambda name, data: bucket.put_object(Key=name, Body=data),
-    )
-    server.stop()
-
-
-@pytest.fixture
-def pushed(copy: Project, remote: Remote, tmp_path: Path) -> Project:
-    """A colleague's clone of a project whose outputs lie in the remote."""
-    copy.dvc("remote", "add", "--default", "colleagues", remote.url)
-    for key, value in remote.settings.items():
-        copy.dvc("remote", "modify", "colleagues", key, value)
-    copy.commit()
-    copy.call("dvc", "push", **remote.environment)
-    copy.git("clone", "--quiet", str(copy.root), str(tmp_path / "clone"))
-    return dataclasses.replace(copy, root=tmp_path / "clone")
-
-
-@pytest.mark.pipeline
-def test_a_colleague_pulls_and_runs_nothing(pushed: Project, remote: Remote, miniature: Project) -> None:
-    pushed.call("dvc", "pull", **remote.environment)
-    assert ran(pushed.dvc("repro")) == []
-    assert pushed.git("status", "--porcelain") == ""
-    outputs = {n: b for n, b in miniature.files().items() if n.startswith(("data/", "report/", "metrics/"))}
-    found = pushed.files()
-    assert {n for n in outputs if n not in found} == {n for n in outputs if n.startswith("data/times/")}
-    assert all(found[n] == b for n, b in outputs.items() if n in found)
-
-
-@pytest.mark.pipeline
-def test_a_damaged_object_of_the_remote_is_not_taken(pushed: Project, remote: Remote) -> None:
-    sizes = remote.sizes()
-    largest = max(sizes, key=lambda name: sizes[name])
-    remote.overwrite(largest, bytes(sizes[largest]))
-    done = pushed.call("dvc", "pull", ok=False, **remote.environment)
-    assert done.returncode != 0
-    assert "ERROR" in done.stdout + done.stderr
-    assert all(b != bytes(sizes[largest]) for b in pushed.files().values())
-
-
-# --- wrong input ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """What a user may do wrong, and what the answer must name."""
-
-    make: Callable[[Project], None]
-    culprit: str
-    fix: str  # a pattern
-    stage: tuple[str, ...] = ("methods",)
-
-
-def _own_model(project: Project) -> Path:
-    project.set(models={"reference": {"source": "path", "path": "own"}})
-    shutil.copytree(project.root / "data/reference", project.root / "own")
-    return project.root / "own"
-
-
-def _own_text(project: Project, text: str) -> None:
-    (project.root / "own.txt").write_text(text, encoding="utf-8")
-    files = {**{split: f"data/reference/{split}.txt" for split in SPLITS}, "test": "own.txt"}
-    project.set(corpora={"sampled": {"source": "path", **files}})
-
-
-def _copied_text(project: Project) -> None:
-    text = (project.root / "data/reference/calibration.txt").read_text(encoding="utf-8")
-    own = (project.root / "data/reference/test.txt").read_text(encoding="utf-8")
-    _own_text(project, f"{own}{text[500:1000]}")
-
-
-def _set_method(project: Project, name: str, **settings: Any) -> None:
-    project.set(methods={name: {**project.raw()["methods"][name], **settings}})
-
-
-def _missing_model(project: Project) -> None:
-    shutil.rmtree(_own_model(project))
-
-
-def _only_a_pickle(project: Project) -> None:
-    weights = _own_model(project) / "model.safetensors"
-    weights.rename(weights.with_name("pytorch_model.bin"))
-
-
-def _not_a_number(project: Project) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    weights = _own_model(project) / "model.safetensors"
-    arrays = {k: np.array(v) for k, v in load_file(weights).items()}
-    next(v for k, v in arrays.items() if k.endswith("h.1.attn.c_attn.weight"))[3, 5] = np.nan
-    save_file(arrays, weights, {"format": "pt"})
-
-
-def _half_a_line(project: Project) -> None:
-    with (project.root / "src/nashswarm/figures.py").open("a", encoding="utf-8") as file:
-        file.write("\ndef draw(\n")
-
-
-DOWNLOAD = ("download", "reference")
-MISTAKES = {
-    "unknown key": Mistake(lambda p: p.set(scoring={"tokns": 64}), "scoring.tokns", "did you mean 'tokens'"),
-    "wrong type": Mistake(lambda p: p.set(evaluation={"block": "many"}), "evaluation.block", "expected a whole number"),
-    "no such width": Mistake(
-        lambda p: _set_method(p, "rtn4-g64", bits=5), "methods.rtn4-g64.bits: 5", r"offers 2, 3, 4"
-    ),
-    "shares": Mistake(
-        lambda p: _set_method(p, "nash", shares=[0.7, 0.2, 0.2]), "methods.nash.shares", r"1\.1, not to 1"
-    ),
-    "missing model": Mistake(_missing_model, "own: no such model directory", "check `path` under `models`", DOWNLOAD),
-    "only a pickle": Mistake(_only_a_pickle, "pytorch_model.bin", "save_pretrained", DOWNLOAD),
-    "empty text": Mistake(lambda p: _own_text(p, "\n \n"), "own.txt", "give|check|name", DOWNLOAD),
-    "short text": Mistake(lambda p: _own_text(p, "o mar"), "corpora.sampled.test", "give more text", DOWNLOAD),
-    "copied text": Mistake(_copied_text, "sampled.test and sampled.calibration share", "take it out", DOWNLOAD),
-    "NaN": Mistake(_not_a_number, "h.1.attn.c_attn.weight", "NaN.*(repair|again|another|train|convert)", DOWNLOAD),
-    "long texts": Mistake(
-        lambda p: p.set(evaluation={"paper": {"length": 33}}),
-        "evaluation.paper.length: 33 tokens",
-        "context of 32; lower it",
-        DOWNLOAD,
-    ),
-    "half a line": Mistake(_half_a_line, "src/nashswarm/figures.py:", "mend it", ("imports",)),
-    "no hub": Mistake(
-        lambda p: p.set(active={"models": ["gpt2"]}), "127.0.0.1:9", "set HF_ENDPOINT to a mirror", ("download", "gpt2")
-    ),
-}
-
-
-@pytest.mark.pipeline
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_wrong_input_is_named_with_its_fix(mistake: Mistake, copy: Project) -> None:
-    mistake.make(copy)
-    before = copy.files()
-    stage, *words = mistake.stage
-    done = copy.call(
-        sys.executable,
-        f"stages/{stage}.py",
-        *words,
-        ok=False,
-        timeout=60,
-        PYTHONPATH="src",
-        HF_ENDPOINT="http://127.0.0.1:9",
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: ")
-    assert mistake.culprit in line
-    assert re.search(mistake.fix, line), line
-    assert copy.files() == before

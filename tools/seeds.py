@@ -30,6 +30,7 @@ from nashswarm.corpora import SPLITS
 from nashswarm.types import InputError, NashSwarmError, TokenizedSplit
 
 METHODS = "market-coded-3_0,market-tiles-3_25,gptq4-g128"
+NO_CODE = shutil.ignore_patterns("*.pyc*", "*.tmp.*")  # what numba has compiled goes along (tests/miniature.py, too)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Workspace:
     def prepare(self, methods: Sequence[str]) -> None:
         """Code, the original's place, what it says on the test texts, and a recipe for each method."""
         for name in ("src", "stages"):
-            shutil.copytree(self.home.root / name, self.here.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(self.home.root / name, self.here.root / name, ignore=NO_CODE)
         download = self.home.download(self.model)
         record, index = artifacts.read_source(download), artifacts.read_index(download)
         place = str((self.home.root / record.directory).resolve())  # read where it lies: a model may be gigabytes

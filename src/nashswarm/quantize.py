@@ -261,7 +261,7 @@ class Rounds:
         """Go on to the next round: matrices will take what they took, and files what theirs took beside codes."""
         if miss.bytes <= self.asked:
             self._fitting.append((miss.bytes, self.reserve, self.taken))
-        aim = self.asked * (1 - CLOSE / 2 * self._ease)
+        aim = self.asked * (1 - SLACK / 2 * self._ease)  # the middle of what will do
         self.reserve, self.taken = self.expected - (aim - (miss.bytes - miss.codes)), miss.taken
         self.number += 1
         if self.last and self._fitting:

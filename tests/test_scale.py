@@ -262,7 +262,7 @@ def test_every_stage_is_timed_with_every_number_of_cores(monkeypatch: pytest.Mon
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {7, 3, 5})
     monkeypatch.setattr(cores.os, "sched_setaffinity", lambda _, own: asked[-1][1].update(own))
     monkeypatch.setattr(cores, "METHODS", {"rtn4-g64": ("allocate", "pack")})
-    rows = cores.measure([1, 2], quiet, cores.TINY)
+    rows = cores.measure([1, 2], quiet, recording.TINY)
     assert asked == [(1, {3})] * 3 + [(2, {3, 5})] * 3
     assert [row["stage"] for row in rows] == ["score 8192 tokens", "allocate rtn4-g64", "pack rtn4-g64"]
     assert all(set(row["seconds"]) == {"1", "2"} and min(row["seconds"].values()) >= 0 for row in rows)

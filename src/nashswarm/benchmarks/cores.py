@@ -6,23 +6,21 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nashswarm.benchmarks import workers
 from nashswarm.benchmarks.apart import alone
 from nashswarm.benchmarks.quantization import Shape, write_model
+from nashswarm.benchmarks.recording import TINY
 from nashswarm.benchmarks.workload import CHAINED
 from nashswarm.engine import Engine, Local
 from nashswarm.types import Progress
 
 SHAPE = Shape(1, 1600, 25, 4096)  # a block of GPT-2 XL
-TINY = Shape(1, 64, 2, 256)  # what comes first: it loads compiled code
 METHODS = {"gptq4-g128": ("pack",), **dict.fromkeys(CHAINED, ("allocate", "pack"))}  # and the stages that count
-TOKENS = workers.SCORED
 
-Stage = Callable[[Path, Engine], None]
+Stage = Callable[[Path, Any, Engine], None]  # of a model's folder, and the tokens or the method
 
 
 def measure(counts: Sequence[int], progress: Progress, shape: Shape = SHAPE) -> list[dict[str, Any]]:
@@ -33,34 +31,26 @@ def measure(counts: Sequence[int], progress: Progress, shape: Shape = SHAPE) -> 
             write_model(place / "model", own)
         seconds: dict[str, dict[str, float]] = {}
         for count in counts:
-            for name, stage in progress(list(_stages()), f"{count} cores"):
-                took = alone(count, _timed, stage, count, root, tiny)
+            for name, stage, what in progress(list(_stages()), f"{count} cores"):
+                took = alone(count, _timed, stage, what, count, root, tiny)
                 seconds.setdefault(name, {})[str(count)] = round(took, 2)
     return [{"stage": name, "seconds": by_count} for name, by_count in seconds.items()]
 
 
-def _stages() -> Iterator[tuple[str, Stage]]:
+def _stages() -> Iterator[tuple[str, Stage, Any]]:
     """Each needs those before it."""
-    yield f"score {TOKENS} tokens", _score
+    yield f"score {workers.SCORED} tokens", workers.score, workers.SCORED
     for name, stages in METHODS.items():
         for stage in stages:
-            yield f"{stage} {name}", partial(_by, getattr(workers, stage), name)
+            yield f"{stage} {name}", getattr(workers, stage), name
 
 
-def _score(root: Path, engine: Engine) -> None:
-    workers.score(root, TOKENS, engine)
-
-
-def _by(stage: Callable[[Path, str, Engine], None], name: str, root: Path, engine: Engine) -> None:
-    stage(root, name, engine)
-
-
-def _timed(stage: Stage, cores: int, root: Path, tiny: Path) -> float:
+def _timed(stage: Stage, what: Any, cores: int, root: Path, tiny: Path) -> float:
     """Seconds of a stage in this process, behind the same on a tiny model."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     engine = Local(cores)
-    stage(tiny, engine)
+    stage(tiny, what, engine)
     started = time.perf_counter()
-    stage(root, engine)
+    stage(root, what, engine)
     return time.perf_counter() - started

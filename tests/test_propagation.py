@@ -238,7 +238,8 @@ def test_a_bias_takes_up_the_mean_of_the_rounding_error(family: str, walk_of: Ca
             continue
         aim = walk.aim(tensor, weight)
         bias = walk.model.get_parameter(tensor.name.removesuffix("weight") + "bias")
-        wanted = inputs_of(walk, tensor).mean(0) @ aim.weight.double().T + bias.double()
+        shifted = bias + walk._corrections[tensor.name].shift
+        wanted = inputs_of(walk, tensor).mean(0) @ aim.weight.double().T + shifted.double()
         walk.settle(tensor, coarse(aim.weight))
         found = inputs_of(walk, tensor).mean(0) @ weight_of(walk, tensor).double().T + bias.double()
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -287,7 +288,7 @@ def sums_of(x: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor)
     sums = Sums()
     for fold in (0, 1):
         rest = None if lacking is None else lacking[fold::2]
-        sums.add(fold, products(x[fold::2], original[fold::2], rest, weight))
+        sums.add([(fold, products(x[fold::2], original[fold::2], rest, weight))])
     return sums
 
 
@@ -295,10 +296,10 @@ def sums_of(x: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor)
 def test_noise_corrects_nothing(centered: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     x, noise = torch.randn(4, 32, 48, generator=rng), torch.randn(4, 32, 40, generator=rng)
-    correction, shift = sums_of(x, x, noise, torch.zeros(40, 48)).solve(torch.zeros(40, 48), centered)
-    assert float(correction.abs().max()) < 1e-6
-    expected = noise.flatten(0, 1).mean(0).double() if centered else torch.zeros(40, dtype=torch.float64)
-    torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-6)
+    found = sums_of(x, x, noise, torch.zeros(40, 48)).correction(torch.zeros(40, 48), centered)
+    assert float(found.aim.weight.abs().max()) < 1e-6
+    expected = noise.flatten(0, 1).mean(0) if centered else torch.zeros(40)
+    torch.testing.assert_close(found.shift, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -307,16 +308,16 @@ def test_what_can_be_learned_is_made_up_for(centered: bool) -> None:
     rng = torch.Generator().manual_seed(0)
     x, gain = torch.randn(8, 256, 12, generator=rng), torch.randn(5, 12, generator=rng)
     offset = 3.0 if centered else 0.0
-    correction, shift = sums_of(x, x, x @ gain.T + offset, torch.zeros(5, 12)).solve(torch.zeros(5, 12), centered)
-    assert float((correction - gain).norm()) < 0.05 * float(gain.norm())
-    torch.testing.assert_close(shift, torch.full((5,), offset, dtype=torch.float64), rtol=0.02, atol=0.1)
+    found = sums_of(x, x, x @ gain.T + offset, torch.zeros(5, 12)).correction(torch.zeros(5, 12), centered)
+    assert float((found.aim.weight - gain).norm()) < 0.05 * float(gain.norm())
+    torch.testing.assert_close(found.shift, torch.full((5,), offset), rtol=0.02, atol=0.1)
 
 
 def test_inputs_that_only_shrank_are_stretched() -> None:
     x = torch.randn(8, 256, 12, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    correction, _ = sums_of(x / 2, x, None, weight).solve(weight, False)
-    assert float((weight + correction - 2 * weight).norm()) < 0.05 * float(weight.norm())
+    found = sums_of(x / 2, x, None, weight).correction(weight, False)
+    assert float((found.aim.weight - 2 * weight).norm()) < 0.05 * float(weight.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -332,16 +333,17 @@ def test_one_window_is_enough_to_run(family: str, walk_of: Callable[..., Propaga
 def test_constant_inputs_keep_a_trace_of_their_power() -> None:
     """About their mean nothing is left of them but rounding, which may be negative and could not be factored."""
     constant = torch.full((4, 8, 6), 0.3)
-    diagonal = sums_of(constant, constant, None, torch.ones(3, 6)).moment(True).diagonal()
-    assert bool((diagonal > 0).all())
-    assert float(diagonal.max()) < 1e-6
+    moment = sums_of(constant, constant, None, torch.ones(3, 6)).correction(torch.ones(3, 6), True).aim.second_moment
+    assert moment is not None
+    assert bool((moment.diagonal() > 0).all())
+    assert float(moment.diagonal().max()) < 1e-6
 
 
 def test_dead_inputs_correct_nothing() -> None:
     zeros = torch.zeros(4, 8, 6)
-    correction, shift = sums_of(zeros, zeros, None, torch.ones(3, 6)).solve(torch.ones(3, 6), True)
-    assert not bool(correction.any())
-    assert not bool(shift.any())
+    found = sums_of(zeros, zeros, None, torch.ones(3, 6)).correction(torch.ones(3, 6), True)
+    assert torch.equal(found.aim.weight, torch.ones(3, 6))
+    assert not bool(found.shift.any())
 
 
 # --- models of other makes -----------------------------------------------------------------------------------------
@@ -467,8 +469,7 @@ def test_the_originals_activations_of_one_block_are_kept(family: str, walk_of: C
         assert set(walk._streams) <= here
         assert len(walk.original) == len(walk.quantized) == len(walk.batches())
         assert len(walk._outputs) == (0 if tensor.layer is None else len(walk.batches()))
-    assert not walk._aims
-    assert not walk._means
+    assert not walk._corrections
 
 
 def test_queries_keys_and_values_share_their_sums(walk_of: Callable[..., Propagation]) -> None:
@@ -496,22 +497,20 @@ def test_what_changes_a_walk_is_enough_to_make_it_anew(family: str, walk_of: Cal
     """As where a worker is lost: nothing was asked of its successor in between (`engine.Member`)."""
     walk, changes = walk_of(family), list[Callable[[Propagation], object]]()
     for tensor in walk.order():
-        weight = weight_of(walk, tensor)
+        weight, moved = weight_of(walk, tensor), None
         if walk.reaches(tensor):
             sums, successor = Sums(), walk_of(family)
             for change in changes:
                 change(successor)
-            for one, other in zip(walk.compare(tensor, weight), successor.compare(tensor, weight), strict=True):
+            for one, other in zip(walk.compare(tensor), successor.compare(tensor), strict=True):
                 assert one is not None
                 assert other is not None
                 assert one[0] == other[0]
                 assert all(torch.equal(one[1][key], other[1][key]) for key in one[1])
-                sums.add(*one)
+                sums.add([one])
             correction = sums.correction(weight, walk.has_bias(tensor))
-            changes.append(partial(Propagation.adopt, tensor=tensor, correction=correction))
-            changes[-1](walk)
-            weight = correction.aim.weight
-        changes.append(partial(Propagation.settle, tensor=tensor, weight=coarse(weight)))
+            moved, weight = correction.moved(coarse(correction.aim.weight)), correction.aim.weight
+        changes.append(partial(Propagation.put, tensor=tensor, weight=coarse(weight), moved=moved))
         changes[-1](walk)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nashswarm.threads import crew, in_step, set_crew, side_by_side
+from nashswarm.threads import all_hands, crew, in_step, set_crew, team
 
 Step = Callable[[], None]
 
@@ -84,7 +84,10 @@ def test_a_crew_is_as_large_as_is_said(threads: int) -> None:
 
     set_crew(3)
     try:
-        assert side_by_side(work, range(7), 5) == [-number for number in range(7)]
+        with team(5) as run:
+            assert run(work, range(7)) == [-number for number in range(7)]
+        with all_hands():
+            assert torch.get_num_threads() == 3
     finally:
         set_crew(0)
     assert torch.get_num_threads() == threads

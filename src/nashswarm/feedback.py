@@ -9,16 +9,17 @@ no longer interact, so each can have its own precision.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nashswarm import triangular
 from nashswarm.patches import PATCH, Patch
-from nashswarm.threads import in_step
+from nashswarm.threads import all_hands, in_step, team
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
@@ -109,39 +110,49 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
     Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
     moment that is not finite.
     """
-    if not bool(moment.isfinite().all()):
+    if not math.isfinite(float(moment.sum())):
         raise InputError(
             f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
         )
     power = moment.diagonal()
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power))
-    backwards = moment[order.flip(0)[:, None], order.flip(0)]
     mean = max(float(power.mean()), 1e-30)
     while damping <= 1e6:
         added = damping * mean
-        damped = backwards.clone()
-        damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            # M + added = R R^T with R upper: its inverse is U^T U with U = R^-1, and U M U^T = 1 - added U U^T.
-            upper = _inverse_upper(lower.flip(0, 1))
-            return Factor(order, upper.float(), (1 - added * upper.square().sum(1)).clamp(min=0))
+        found = triangular.factored(_damped(moment, order, added))
+        if found:
+            return _inverted(found, order, added)
         logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
 
 
-def _inverse_upper(matrix: Tensor) -> Tensor:
-    """Of an upper triangular matrix, by halves: most of the work is products."""
-    size, half = len(matrix), len(matrix) // 2
-    if size <= BLOCK:
-        inverse: Tensor = torch.linalg.solve_triangular(matrix, torch.eye(size, dtype=matrix.dtype), upper=True)
-        return inverse
-    first, last = _inverse_upper(matrix[:half, :half]), _inverse_upper(matrix[half:, half:])
-    corner = first @ (matrix[:half, half:] @ last)
-    found = torch.zeros_like(matrix)
-    found[:half, :half], found[half:, half:], found[:half, half:] = first, last, -corner
+def _damped(moment: Tensor, order: Tensor, added: float) -> Tensor:
+    """In another order, with something added to the diagonal."""
+    found = torch.empty_like(moment)
+
+    def take(rows: slice) -> None:
+        found[rows] = moment.index_select(0, order[rows]).index_select(1, order)
+
+    with team(len(order)) as run:
+        run(take, triangular.tiles(len(order)))
+    found.diagonal().add_(added)
     return found
+
+
+def _inverted(found: triangular.Factored, order: Tensor, added: float) -> Factor:
+    """M + added = R R^T with R upper: its inverse is U^T U with U = R^-1, and U M U^T = 1 - added U U^T."""
+    upper, squares = torch.zeros(len(order), len(order)), dict[int, Tensor]()
+
+    def take(columns: slice, values: Tensor) -> None:
+        upper[: columns.stop, columns] = values
+        squares[columns.start] = values.square_().sum(1)
+
+    found.inverse(take)
+    total = torch.zeros(len(order), dtype=torch.float64)
+    for _, own in sorted(squares.items()):
+        total[: len(own)] += own
+    return Factor(order, upper, (1 - added * total).clamp(min=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +199,7 @@ class Part:
     columns: np.ndarray  # int64 [C], in the matrix
     rows: np.ndarray  # int64 [R], in the matrix
     place: tuple[int, int]  # of the first column and the first row
+    edges: np.ndarray  # int64 [pieces + 1], rows of this part at which pieces begin, and its end
     values: Tensor  # float32 [C, R]; becomes what is handed on to later columns
     handed: Tensor  # float32 [C, R]; becomes what is handed on to later rows
     upper: Tensor  # float32 [C, C]
@@ -204,11 +216,17 @@ class Part:
             error.sub_(quantize(column, error)).div_(pivots[i])
             self.values[i + 1 :].addr_(self.upper[i, i + 1 :], error, alpha=-1)
 
-    def patches(self, most: int = PATCH) -> Iterator[Patch]:
-        """In turn, each to be rounded before the next, of so many rows; no more than PATCH where they interact."""
+    def whole(self) -> Patch:
+        """All of it; it becomes what becomes of the patch."""
+        near = np.zeros((0, 0), np.float32) if self.spread is None else self.spread.numpy()
+        values, handed = self.values.numpy(), self.handed.numpy()
+        return Patch(self.columns, self.rows, self.place[1], values, handed, self.upper.numpy(), near)
+
+    def patches(self) -> Iterator[Patch]:
+        """In turn, each to be rounded before the next, of PATCH rows."""
         near, count = np.zeros((0, 0), np.float32), len(self.rows)
-        for first in range(0, count, most):
-            here = slice(first, min(first + most, count))
+        for first in range(0, count, PATCH):
+            here = slice(first, min(first + PATCH, count))
             own, taken = (whole[:, here].contiguous() for whole in (self.values, self.handed))
             if self.spread is not None:
                 near = self.spread[here, here].contiguous().numpy()
@@ -227,7 +245,7 @@ def sweep(
     edges: Sequence[int],
     visit: Callable[[Part], None],
 ) -> None:
-    """Round `weight`, float32 [out, in], part by part: `size` columns and the rows between two `edges` each.
+    """Round `weight`, float32 [out, in], part by part: `size` columns, and GROUP rows or few more, cut at `edges`.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
     rounding error of an element after those before it, in its column and in columns before, have handed theirs on
@@ -240,8 +258,9 @@ def sweep(
     Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows.
     """
     order = torch.arange(len(weight)) if rows is None else rows.order
-    rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous
-    between, groups = None if rows is None else spread(rows), _groups(edges)
+    with all_hands():
+        rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous
+        between, groups = None if rows is None else spread(rows), _groups(edges)
 
     def descend(start: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
         """Round columns from `start` on, not below the rows that the columns before have reached."""
@@ -251,19 +270,15 @@ def sweep(
         for group in groups:
             wait()
             top, bottom = group[0], group[-1]
-            reached = torch.addmm(rest[start:stop, top:bottom], before, rest[:start, top:bottom], alpha=-1)
-            above = None if between is None else errors[:, :top] @ between[:top, top:bottom]
-            for first, last in pairwise(group):
-                here = slice(first - top, last - top)
-                values, near = reached[:, here].contiguous(), None
-                if above is None or between is None:
-                    handed = torch.zeros_like(values)
-                else:
-                    handed = torch.addmm(above[:, here], errors[:, top:first], between[top:first, first:last])
-                    near = between[first:last, first:last]
-                found = columns.order[start:stop].numpy(), order[first:last].numpy()
-                visit(Part(*found, (start, first), values, handed, upper, near))
-                rest[start:stop, first:last], errors[:, first:last] = values, handed
+            values = torch.addmm(rest[start:stop, top:bottom], before, rest[:start, top:bottom], alpha=-1)
+            if between is None:
+                handed, near = torch.zeros_like(values), None
+            else:
+                handed = errors[:, :top] @ between[:top, top:bottom]
+                near = between[top:bottom, top:bottom].contiguous()
+            found = columns.order[start:stop].numpy(), order[top:bottom].numpy()
+            visit(Part(*found, (start, top), np.array(group) - top, values, handed, upper, near))
+            rest[start:stop, top:bottom], errors[:, top:bottom] = values, handed
             done()
 
     in_step(descend, range(0, len(rest), size), len(groups))

@@ -18,10 +18,11 @@ original outputs are computed just before it is changed.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,14 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nashswarm import triangular
 from nashswarm.blocks import Blocks, called_with, is_projection, replaced_blocks
 from nashswarm.devices import wide
-from nashswarm.threads import side_by_side
+from nashswarm.threads import all_hands, team
 from nashswarm.types import NashSwarmError, TensorSpec
 
-RIDGES = (0.03, 0.2, 1.0, 5.0, 1e9)  # of the inputs' mean power; the last one corrects nothing
+RIDGES = (0.03, 0.2, 1.0, 5.0, math.inf)  # of the inputs' mean power; the last one corrects nothing
 JUDGED = 64  # outputs by which a ridge is chosen
-TRIALS = 4  # regressions at the same time, at most: each holds two matrices as large as the moment
+LARGE = 2048  # inputs from which on one regression keeps a crew of threads busy
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 CPU = torch.device("cpu")
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
@@ -67,8 +69,7 @@ class Propagation(Blocks):
     _streams: dict[str, list[Tensor]] = field(default_factory=dict)  # the original's, to which a writer adds
     _outputs: list[Tensor] = field(default_factory=list)  # the original's, of the present block
     _sums: tuple[str, Sums] | None = None  # of those matrices that share their inputs, and the first of them
-    _means: dict[str, Tensor] = field(default_factory=dict)  # of inputs, where a bias can follow
-    _aims: dict[str, Tensor] = field(default_factory=dict)
+    _corrections: dict[str, Correction] = field(default_factory=dict)  # of matrices that were not settled since
     _settled: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of this block: batch -> a matrix' outputs
 
     @torch.no_grad()
@@ -102,13 +103,13 @@ class Propagation(Blocks):
             sums = self._sums[1]
         else:
             sums = Sums()
-            for found in self.compare(tensor, weight):
+            for found in self.compare(tensor):
                 if found is None:
                     return Aim(weight)
-                sums.add(*found)
+                sums.add([found])
             self._sums = source or tensor.name, sums
         correction = sums.correction(weight, self.has_bias(tensor), wide(self.model.device))
-        self.adopt(tensor, correction)
+        self._corrections[tensor.name] = correction
         return correction.aim
 
     def reaches(self, tensor: TensorSpec) -> bool:
@@ -129,32 +130,31 @@ class Propagation(Blocks):
         return self._bias(tensor.name) is not None
 
     @torch.no_grad()
-    def adopt(self, tensor: TensorSpec, correction: Correction) -> None:
-        """Move the bias with the aim, and remember what it takes to follow the rounding error."""
-        self._enter_at(tensor)  # what the original makes of the block is seen before anything in it moves
-        bias = self._bias(tensor.name)
-        if bias is not None:
-            bias += correction.shift.to(bias.device)
-            self._means[tensor.name] = correction.mean
-        self._aims[tensor.name] = correction.aim.weight
-
-    @torch.no_grad()
     def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> np.ndarray | None:
         """Put the rounded matrix, float32 [out, in], in the model; its bias takes up the mean of the rounding error.
 
         Arguments: `bias`, float32 [out], what this returned in a run that was interrupted; such a matrix needs no aim.
         Returns: the bias as it is now, None where there is none.
         """
-        if tensor.layer is not None:
+        correction = self._corrections.pop(tensor.name, None)
+        return self.put(tensor, weight, None if correction is None else correction.moved(weight), bias)
+
+    @torch.no_grad()
+    def put(
+        self, tensor: TensorSpec, weight: Tensor, moved: Tensor | None = None, bias: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """As `settle`. Arguments: `moved`, float32 [out], what is added to the bias, if there is one."""
+        if self.reaches(tensor):
+            self._enter_at(tensor)  # what the original makes of the block is seen before anything in it changes
+        elif tensor.layer is not None:
             self._enter(tensor.layer)
         parameter = self.model.get_parameter(tensor.name)
-        parameter.copy_(weight.T if tensor.kind == "conv1d" else weight)
+        parameter.copy_(_stored(tensor, weight))
         if tensor.layer is not None and tensor.name in self._once:
             self._settled[tensor.name] = {}
-        own, mean = self._bias(tensor.name), self._means.pop(tensor.name, None)
-        aim = self._aims.pop(tensor.name, None)
-        if own is not None and mean is not None and aim is not None:
-            own += ((aim - weight) @ mean).to(own.device)
+        own = self._bias(tensor.name)
+        if own is not None and moved is not None:
+            own += moved.to(own.device)
         if own is not None and bias is not None:
             own.copy_(torch.from_numpy(bias))
         return None if own is None else own.cpu().numpy().copy()
@@ -236,13 +236,14 @@ class Propagation(Blocks):
         return [n for n in self.sequence if n in last.values() and known[n].shape[0] == width]
 
     @torch.no_grad()
-    def compare(self, tensor: TensorSpec, weight: Tensor) -> Iterator[tuple[int, Products] | None]:
+    def compare(self, tensor: TensorSpec) -> Iterator[tuple[int, Products] | None]:
         """Fold and products of both streams' inputs of a matrix, batch by batch.
 
         None, and nothing more, where they are not the same tokens (routed experts).
         """
         self._enter_at(tensor)
         name, originals = tensor.name, self._inputs[tensor.name]
+        weight = _stored(tensor, self.model.get_parameter(name)).float()  # the original's, until it is settled
         if len(originals) != len(self.quantized):
             yield None
             return
@@ -317,7 +318,7 @@ def products(now: Tensor, original: Tensor, lacking: Tensor | None, weight: Tens
     found = {"count": torch.tensor(float(len(x))), "x": x.sum(0), "xx": x.T @ x}
     if lacking is None:
         return found | {"gone": gone.sum(0), "x gone": x.T @ gone}
-    target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.to(gone.device).T)
+    target = torch.addmm(lacking.reshape(len(x), -1), gone, weight.T)
     return found | {"target": target.sum(0), "x target": x.T @ target}
 
 
@@ -329,6 +330,10 @@ class Correction:
     shift: Tensor
     mean: Tensor
 
+    def moved(self, weight: Tensor) -> Tensor:
+        """What the bias takes up, float32 [out], where the matrix was rounded to `weight`."""
+        return self.shift + (self.aim.weight - weight) @ self.mean
+
 
 @dataclass
 class Sums:
@@ -336,94 +341,135 @@ class Sums:
 
     folds: list[Products] = field(default_factory=lambda: [{}, {}])
 
-    def add(self, fold: int, found: Products) -> None:
-        """What a batch gave."""
-        sums = self.folds[fold]
-        for key, value in found.items():
-            wider = value.to(wide(value.device)).double()
-            sums[key] = sums[key].add_(wider) if key in sums else wider
+    def add(self, found: Sequence[tuple[int, Products]]) -> None:
+        """What batches gave, each with its fold."""
+        added: dict[tuple[int, str], list[Tensor]] = {}
+        for fold, products in found:
+            for key, value in products.items():
+                added.setdefault((fold, key), []).append(value.to(wide(value.device)))
+        for (fold, key), values in added.items():
+            sums = self.folds[fold]
+            if key not in sums:
+                sums[key] = torch.zeros_like(values[0], dtype=torch.float64)
+            _accumulate(sums[key], values)
 
     def correction(self, weight: Tensor, centered: bool, device: torch.device = CPU) -> Correction:
         """Where to round a matrix to, on the processor.
 
         Arguments: `weight`, the original's; `centered`, whether a bias can follow; `device`, where the sums are.
         """
-        added, shift = self.solve(weight.to(device), centered)
-        aim = Aim(weight + added.float().cpu(), self.moment(centered).float().cpu().numpy())
-        return Correction(aim, shift.float().cpu(), self.mean().float().cpu())
+        with all_hands():
+            ridge, total = self.ridge(weight, centered, device), self.total()
+            system = _System.of(total, weight.to(device).double(), centered)
+            del total
+            added, shift = system.solve(ridge)
+            aim = Aim(weight + added.float().cpu(), system.inputs().float().cpu().numpy())
+            return Correction(aim, shift.float().cpu(), system.mean.float().cpu())
 
     def total(self) -> Products:
         """Of both folds."""
         first, second = self.folds
         return {key: first[key] + second[key] for key in first} if second else first
 
-    def mean(self) -> Tensor:
-        """Of the inputs, float64 [in]."""
-        total = self.total()
-        return total["x"] / total["count"]
+    def ridge(self, weight: Tensor, centered: bool, device: torch.device = CPU) -> float:
+        """That which serves best where the one fold's regression is held against the other fold."""
+        if not self.folds[1]:
+            return RIDGES[2]
+        rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
+        judged = weight[torch.from_numpy(rows)].to(device).double()
+        halves = [_System.of(sums, judged, centered, rows).halved() for sums in self.folds]  # will do to choose by
 
-    def moment(self, centered: bool) -> Tensor:
-        """The inputs' second moment, float64 [in, in]; about the mean, a constant input keeps a trace of its power."""
-        total = self.total()
-        moment, mean = total["xx"] / total["count"], self.mean()
+        def judge(trial: tuple[float, int]) -> float:
+            ridge, fold = trial
+            return halves[1 - fold].error(halves[fold].regress(ridge))
+
+        trials = [(ridge, fold) for ridge in RIDGES for fold in (0, 1)]
+        # A GPU's libraries are not to be called first by several threads.
+        with team(len(trials) if device == CPU and len(halves[0].moment) < LARGE else 1) as run:
+            errors = run(judge, trials)
+        return RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
+
+
+@dataclass(frozen=True, slots=True)
+class _System:
+    """E[x' x'^T] and E[x' t^T], about the means, if centered; float64, or float32 to choose by."""
+
+    moment: Tensor  # [in, in]
+    product: Tensor  # [in, out]
+    mean: Tensor  # of x', [in]
+    target: Tensor  # mean of t, [out]
+    centered: bool
+
+    @classmethod
+    def of(cls, sums: Products, weight: Tensor, centered: bool, rows: np.ndarray | None = None) -> _System:
+        """Arguments: `weight`, float64 [out, in]; `rows`, the outputs in question, if `weight` has them alone."""
+        count, own = sums["count"], slice(None) if rows is None else torch.from_numpy(rows)
+        if "target" in sums:
+            product, target = sums["x target"][:, own] / count, sums["target"][own] / count
+        else:
+            product, target = _product(sums["x gone"], weight.T / count), weight @ sums["gone"] / count
+        moment, mean = sums["xx"] / count, sums["x"] / count
         if centered:
-            least = TRACE * float(moment.diagonal().mean())
-            moment = moment - torch.outer(mean, mean)
-            moment.diagonal().clamp_(min=least)
+            moment, product = moment.addr_(mean, mean, alpha=-1), product.addr_(mean, target, alpha=-1)
+        return cls(moment, product, mean, target, centered)
+
+    def halved(self) -> _System:
+        """In float32."""
+        return replace(self, moment=self.moment.float(), product=self.product.float())
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """What to add to the weights, float64 [out, in], and to the bias, float64 [out]."""
+        found = self.regress(ridge)
+        return found.T, self.target - self.mean @ found if self.centered else torch.zeros_like(self.target)
+
+    def inputs(self) -> Tensor:
+        """The inputs' second moment, float64 [in, in]; about the mean, a constant input keeps a trace of its power."""
+        moment = self.moment.clone()
+        if self.centered:
+            power = moment.diagonal() + self.mean.square()
+            moment.diagonal().clamp_(min=TRACE * float(power.mean()))
         return moment
 
-    def solve(self, weight: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
-        """What to add to the weights, float64 [out, in], and to the bias, float64 [out]."""
-        weight = weight.double()
-        ridge = RIDGES[2]
-        if self.folds[1]:
-            rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
-            systems = [_system(sums, weight, centered, torch.from_numpy(rows))[:2] for sums in self.folds]
-            halves = [(moment.float(), product.float()) for moment, product in systems]  # will do to choose by
+    def regress(self, ridge: float) -> Tensor:
+        """(moment + ridge)^-1 product, [in, out]; none where that cannot be factored."""
+        if ridge == math.inf:
+            return torch.zeros_like(self.product)
+        moment = self.moment.clone()
+        moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
+        if moment.device == CPU:
+            found = triangular.factored(moment)
+            return torch.zeros_like(self.product) if found is None else found.solve(self.product)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+        return torch.zeros_like(self.product) if int(failed) else torch.cholesky_solve(self.product, lower)
 
-            def judge(trial: tuple[float, int]) -> float:
-                ridge, fold = trial
-                return _held_out(_regress(*halves[fold], ridge), *halves[1 - fold])
-
-            trials = [(ridge, fold) for ridge in RIDGES for fold in (0, 1)]
-            on_processor = weight.device == CPU  # a GPU's libraries are not to be called first by several threads
-            errors = side_by_side(judge, trials, TRIALS) if on_processor else [judge(trial) for trial in trials]
-            ridge = RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
-        moment, product, mean, target = _system(self.total(), weight, centered)
-        found = _regress(moment, product, ridge)
-        return found.T, target - mean @ found
+    def error(self, found: Tensor) -> float:
+        """Mean squared error of a regression's result, up to a constant."""
+        return float((found * _product(self.moment, found)).sum() - 2 * (found * self.product).sum())
 
 
-def _system(
-    sums: dict[str, Tensor], weight: Tensor, centered: bool, rows: Tensor | slice = slice(None)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E[x' x'^T], E[x' t^T] (about the means, if centered), and the means of x' and t; float64.
-
-    Arguments: `rows`, the outputs in question.
-    """
-    count, weight = sums["count"], weight[rows]
-    if "target" in sums:
-        product, target = sums["x target"][:, rows], sums["target"][rows]
-    else:
-        product, target = sums["x gone"] @ weight.T, weight @ sums["gone"]
-    mean, target = sums["x"] / count, target / count
-    moment, product = sums["xx"] / count, product / count
-    if centered:
-        return moment - torch.outer(mean, mean), product - torch.outer(mean, target), mean, target
-    return moment, product, torch.zeros_like(mean), torch.zeros_like(target)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return triangular.product(left, right) if left.device == CPU else left @ right
 
 
-def _regress(moment: Tensor, product: Tensor, ridge: float) -> Tensor:
-    """(moment + ridge)^-1 product, [in, out]; none where that cannot be factored."""
-    damping = ridge * max(float(moment.diagonal().mean()), 1e-30)
-    ridges = damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    lower, failed = torch.linalg.cholesky_ex(moment + ridges)
-    return torch.zeros_like(product) if int(failed) else torch.cholesky_solve(product, lower)
+def _accumulate(total: Tensor, values: Sequence[Tensor]) -> None:
+    """Add to it one after the other, on the processor some rows at a time."""
+    if total.dim() < 2 or total.device != CPU:
+        for value in values:
+            total += value.double()
+        return
+
+    def add(rows: slice) -> None:
+        own = total[rows]
+        for value in values:
+            own += value[rows].double()
+
+    with team(len(total)) as run:
+        run(add, triangular.tiles(len(total)))
 
 
-def _held_out(found: Tensor, moment: Tensor, product: Tensor) -> float:
-    """Mean squared error on another fold, up to a constant."""
-    return float((found * (moment @ found)).sum() - 2 * (found * product).sum())
+def _stored(tensor: TensorSpec, weight: Tensor) -> Tensor:
+    """[out, in] as a layer stores it, and back."""
+    return weight.T if tensor.kind == "conv1d" else weight
 
 
 def _by_token(values: Tensor, hidden: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from nashswarm import entropy, trellis
 from nashswarm.kernels import nvrtc, viterbi
 from nashswarm.patches import Patch
-from nashswarm.threads import crew, side_by_side
+from nashswarm.threads import team
 
 COLUMNS = 64  # that one task of the processor rounds: some milliseconds
 
@@ -82,7 +82,8 @@ class Processor:
             if values is not None:  # whole halves, to which the error leads back up to 2^21
                 _own(values, block, first)[:] = np.rint(2 * (own - patch.values.T)) / 2
 
-        side_by_side(work, self._parts, crew())
+        with team(len(self._parts)) as run:
+            run(work, self._parts)
 
 
 def _own(flat: np.ndarray, block: Block, first: int) -> np.ndarray:

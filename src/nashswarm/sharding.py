@@ -39,18 +39,16 @@ class Shard:
             return False, None, False
         return True, self.walk.source(tensor), self.walk.has_bias(tensor)
 
-    def compare(self, tensor: TensorSpec, weight: Tensor) -> list[tuple[int, Products] | None]:
+    def compare(self, tensor: TensorSpec) -> list[tuple[int, Products] | None]:
         """See `Propagation.compare`."""
-        found = self.walk.compare(tensor, weight)
+        found = self.walk.compare(tensor)
         return [part and (part[0], {key: value.cpu() for key, value in part[1].items()}) for part in found]
 
-    def adopt(self, tensor: TensorSpec, correction: Correction) -> None:
-        """See `Propagation.adopt`."""
-        self.walk.adopt(tensor, correction)
-
-    def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None) -> np.ndarray | None:
-        """See `Propagation.settle`."""
-        return self.walk.settle(tensor, weight, bias)
+    def put(
+        self, tensor: TensorSpec, weight: Tensor, moved: Tensor | None, bias: np.ndarray | None
+    ) -> np.ndarray | None:
+        """See `Propagation.put`."""
+        return self.walk.put(tensor, weight, moved, bias)
 
     def vector(self, name: str) -> np.ndarray:
         """See `Propagation.vector`."""
@@ -87,6 +85,7 @@ class ShardedPropagation:
         make = partial(_open, load, index, ids, tokens, batch_tokens)
         self.members = [engine.member(partial(make, own)) for own in batches_of(count, size)]
         self._sums: tuple[str, Sums] | None = None
+        self._corrections: dict[str, Correction] = {}  # of matrices that were not settled since
 
     def order(self) -> list[TensorSpec]:
         """As `Propagation.order`."""
@@ -101,7 +100,7 @@ class ShardedPropagation:
         if self._sums and self._sums[0] == source:
             sums = self._sums[1]
         else:
-            parts = self._all("compare", tensor, weight)
+            parts = self._all("compare", tensor)
             if any(found is None for part in parts for found in part):
                 return Aim(weight)
             if len({"target" in found for part in parts for _, found in part}) > 1:
@@ -110,17 +109,16 @@ class ShardedPropagation:
                     "set compute.engine: local"
                 )
             sums = Sums()
-            for part in parts:
-                for found in part:
-                    sums.add(*found)
+            sums.add([found for part in parts for found in part])
             self._sums = source or tensor.name, sums
-        correction = sums.correction(weight, centered)
-        self._all("adopt", tensor, correction, lasting=True)
+        correction = self._corrections[tensor.name] = sums.correction(weight, centered)
         return correction.aim
 
     def settle(self, tensor: TensorSpec, weight: Tensor, bias: np.ndarray | None = None) -> np.ndarray | None:
         """As `Propagation.settle`."""
-        found: np.ndarray | None = self._all("settle", tensor, weight, bias, lasting=True)[0]
+        correction = self._corrections.pop(tensor.name, None)
+        moved = None if correction is None else correction.moved(weight)
+        found: np.ndarray | None = self._all("put", tensor, weight, moved, bias, lasting=True)[0]
         return found
 
     def vector(self, name: str) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -69,10 +69,38 @@ def crew() -> int:
     return getattr(_own, "crew", None) or torch.get_num_threads()
 
 
-def side_by_side(work: Callable[[T], R], items: Sequence[T], most: int) -> list[R]:
-    """work(item) of every item, by the crew, but no more than `most` at a time; torch computes with one thread each."""
-    with single_threads(max(1, min(crew(), len(items), most))) as pool:
-        return list(pool.map(work, items))
+class Team(Protocol):
+    """Works on items beside each other."""
+
+    def __call__(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """work(item) of every item, which are begun in this order. Raises what the first that failed raised."""
+
+
+@contextmanager
+def team(most: int) -> Iterator[Team]:
+    """The crew, but no more than `most` of it; torch computes with one thread each. Alone, this thread as it is."""
+    count = min(crew(), most)
+    if count < 2:
+        yield lambda work, items: [work(item) for item in items]
+        return
+    with single_threads(count) as pool:
+        yield lambda work, items: list(pool.map(work, items))
+
+
+@contextmanager
+def all_hands() -> Iterator[None]:
+    """Within, torch has as many threads as the crew; for what computes element by element, where none is shared."""
+    import torch
+
+    before, count = torch.get_num_threads(), crew()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_step(work: Callable[[T, Callable[[], None], Callable[[], None]], None], items: Sequence[T], steps: int) -> None:

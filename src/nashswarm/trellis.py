@@ -35,6 +35,9 @@ POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10),
 START = 0  # the state before the first row of a block
 LARGEST = 1 << 24  # codes from here on float32 does not count one by one
 OUT_OF_BOUNDS = -(1 << 31)  # in their place
+# Of `_round` without its states, as numba writes it.
+VECTOR, MATRIX = "float32[::1]", "float32[:, ::1]"
+SIGNATURE = f"{', '.join([MATRIX] * 4 + [VECTOR] * 3)}, int64[:, ::1], uint8[::1], int32[:, ::1]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,22 +99,35 @@ def decisions(edges: NDArray[np.int64], interacting: bool) -> list[int]:
     return [*(row for a, b in pairwise(map(int, edges)) for row in range(a, b, PATCH)), int(edges[-1])]
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A patch' rows, piece by piece, at the end of each of which paths are decided; no more than PATCH, if they
+    interact."""
+
+    edges: NDArray[np.int64]  # [pieces + 1], the first row of each, and the end
+    fresh: NDArray[np.bool_]  # [pieces], whether the machine starts anew there
+
+
 def round_patch(
     patch: Patch,
     rows: NDArray[np.float32],
     columns: NDArray[np.float32],
     states: NDArray[np.uint8],
     found: Machine,
+    pieces: Pieces | None = None,
 ) -> NDArray[np.int32]:
     """Round a patch in place, as `Patch` says, and return its codes, int32 [columns, rows].
 
     Arguments: `rows`, float32 [rows], and `columns`, float32 [columns]: a step is their product; `states`, uint8
     [columns], in which the machine comes to the first row of every column, START where a block begins, and in which
-    it leaves the last. Codes from LARGEST on, and those of what is not finite, become OUT_OF_BOUNDS.
+    it leaves the last; `pieces`, one if there are no others. Codes from LARGEST on, and those of what is not finite,
+    become OUT_OF_BOUNDS.
     """
     codes = np.empty(patch.values.shape, np.int32)
+    pieces = pieces or Pieces(np.array([0, len(rows)]), np.zeros(1, np.bool_))
     halves, kernel = found.quantizer * np.float32(0.5), _kernel(len(found.quantizer))
-    kernel(patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways, states, codes)
+    given = patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways, states, codes
+    _compiled_pieces()(kernel, *given, pieces.edges, pieces.fresh)
     return codes
 
 
@@ -126,9 +142,57 @@ def _kernel(states: int) -> Callable[..., None]:
     def kernel(values, handed, upper, spread, rows, columns, halves, ways, start, codes):  # type: ignore[no-untyped-def]
         _round(states, values, handed, upper, spread, rows, columns, halves, ways, start, codes)
 
-    vector, matrix = "float32[::1]", "float32[:, ::1]"
-    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
-    return jit.compiled(kernel, f"void({patch}, {vector}, int64[:, ::1], uint8[::1], int32[:, ::1])")
+    return jit.compiled(kernel, f"void({SIGNATURE})")
+
+
+@cache
+def _compiled_pieces() -> Callable[..., None]:
+    """It calls the kernel that it is given: where it had that within, it would take as long again to compile."""
+    from numba import types
+    from numba.core.sigutils import normalize_signature
+
+    of_kernel, _ = normalize_signature(f"void({SIGNATURE})")
+    others, _ = normalize_signature("void(int64[::1], b1[::1])")
+    return jit.compiled(_pieces, types.void(types.FunctionType(types.void(*of_kernel)), *of_kernel, *others))
+
+
+def _pieces(
+    piece: Callable[..., None],
+    values: NDArray[np.float32],
+    handed: NDArray[np.float32],
+    upper: NDArray[np.float32],
+    spread: NDArray[np.float32],
+    rows: NDArray[np.float32],
+    columns: NDArray[np.float32],
+    halves: NDArray[np.float32],
+    ways: NDArray[np.int64],
+    start: NDArray[np.uint8],
+    codes: NDArray[np.int32],
+    edges: NDArray[np.int64],
+    fresh: NDArray[np.bool_],
+) -> None:
+    """Plain Python until numba compiles it, as all that follows."""
+    height = len(columns)
+    for place in range(len(fresh)):
+        first, count = edges[place], edges[place + 1] - edges[place]
+        if fresh[place]:
+            start[:] = START
+        own, taken = np.empty((height, count), np.float32), np.empty((height, count), np.float32)
+        found, near = np.empty((height, count), np.int32), np.empty((min(count, len(spread)), count), np.float32)
+        for row in range(len(near)):
+            for later in range(count):
+                near[row, later] = spread[first + row, first + later]
+        for column in range(height):
+            for row in range(count):
+                own[column, row], taken[column, row] = values[column, first + row], handed[column, first + row]
+        piece(own, taken, upper, near, rows[first : first + count], columns, halves, ways, start, found)
+        for column in range(height):
+            for row in range(count):
+                values[column, first + row], handed[column, first + row] = own[column, row], taken[column, row]
+                codes[column, first + row] = found[column, row]
+            for row in range(len(near)):
+                for later in range(first + count, len(spread)):
+                    handed[column, later] += taken[column, row] * spread[first + row, later]
 
 
 def _round(
@@ -144,7 +208,7 @@ def _round(
     start: NDArray[np.uint8],
     codes: NDArray[np.int32],
 ) -> None:
-    """Plain Python until numba compiles it, as all that follows.
+    """One piece.
 
     What is known of the best path into each state lies in one array, so that the compiler sees that nothing in it
     overlaps. In units of `states`: 0 targets, 1 what the paths cost, 2 halves; then, of codes of even parity and of

@@ -257,18 +257,16 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     steps = replace(unit, base=base / BASE_UNITS)
     rows, columns = steps.of_rows().numpy(), steps.of_columns(0).numpy()
     codes, blocks = np.empty(job.tensor.shape[::-1], np.int32), entropy.first_rows(job.tensor.shape)
-    starts, edges = set(blocks.tolist()), trellis.decisions(blocks, model.spread is not None)
+    edges = trellis.decisions(blocks, model.spread is not None)
     states = np.empty(len(codes), np.uint8)  # of the machine in every column, in rounding order
 
     def visit(part: feedback.Part) -> None:
-        own = states[part.place[0] :][: len(part.columns)]
-        for patch in part.patches(len(part.rows)):  # one: paths are decided at its end
-            if patch.first in starts:
-                own.fill(trellis.START)
-            found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine)
-            if found.min() == trellis.OUT_OF_BOUNDS:
-                raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
-            codes[patch.columns[:, None], patch.rows] = found
+        patch, own = part.whole(), states[part.place[0] :][: len(part.columns)]
+        pieces = trellis.Pieces(part.edges, np.isin(part.edges[:-1] + patch.first, blocks))
+        found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine, pieces)
+        if found.min() == trellis.OUT_OF_BOUNDS:
+            raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
+        codes[patch.columns[:, None], patch.rows] = found
 
     feedback.sweep(job.weight, model.columns, model.spread, feedback.BLOCK, edges, visit)
     fitted = _fitted(np.ascontiguousarray(codes.T), machine)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +36,6 @@ POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10),
 START = 0  # the state before the first row of a block
 LARGEST = 1 << 24  # codes from here on float32 does not count one by one
 OUT_OF_BOUNDS = -(1 << 31)  # in their place
-# Of `_round` without its states, as numba writes it.
-VECTOR, MATRIX = "float32[::1]", "float32[:, ::1]"
-SIGNATURE = f"{', '.join([MATRIX] * 4 + [VECTOR] * 3)}, int64[:, ::1], uint8[::1], int32[:, ::1]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +124,8 @@ def round_patch(
     codes = np.empty(patch.values.shape, np.int32)
     pieces = pieces or Pieces(np.array([0, len(rows)]), np.zeros(1, np.bool_))
     halves, kernel = found.quantizer * np.float32(0.5), _kernel(len(found.quantizer))
-    given = patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways, states, codes
-    _compiled_pieces()(kernel, *given, pieces.edges, pieces.fresh)
+    given = patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways
+    kernel(*given, states, codes, pieces.edges, pieces.fresh)
     return codes
 
 
@@ -136,118 +134,113 @@ def _kernel(states: int) -> Callable[..., None]:
     """`_round` for so many states. They are a constant there, so that loops over them become vector instructions."""
     from numba.extending import register_jitable
 
-    for part in (_round, _extend, _choose, _hand_on, _trace):
+    within: list[Any] = [_round, _extend, _choose, _hand_on, _trace]
+    for part in within:
         register_jitable(inline="always")(part)  # each stays plain Python, too
+    beside: list[Any] = [_cut, _paste, _hand_down]
+    for part in beside:
+        register_jitable(part)
 
-    def kernel(values, handed, upper, spread, rows, columns, halves, ways, start, codes):  # type: ignore[no-untyped-def]
-        _round(states, values, handed, upper, spread, rows, columns, halves, ways, start, codes)
+    def kernel(values, handed, upper, spread, rows, columns, halves, ways, start, codes, edges, fresh):  # type: ignore[no-untyped-def]
+        _round(states, values, handed, upper, spread, rows, columns, halves, ways, start, codes, edges, fresh)
 
-    return jit.compiled(kernel, f"void({SIGNATURE})")
-
-
-@cache
-def _compiled_pieces() -> Callable[..., None]:
-    """It calls the kernel that it is given: where it had that within, it would take as long again to compile."""
-    from numba import types
-    from numba.core.sigutils import normalize_signature
-
-    of_kernel, _ = normalize_signature(f"void({SIGNATURE})")
-    others, _ = normalize_signature("void(int64[::1], b1[::1])")
-    return jit.compiled(_pieces, types.void(types.FunctionType(types.void(*of_kernel)), *of_kernel, *others))
-
-
-def _pieces(
-    piece: Callable[..., None],
-    values: NDArray[np.float32],
-    handed: NDArray[np.float32],
-    upper: NDArray[np.float32],
-    spread: NDArray[np.float32],
-    rows: NDArray[np.float32],
-    columns: NDArray[np.float32],
-    halves: NDArray[np.float32],
-    ways: NDArray[np.int64],
-    start: NDArray[np.uint8],
-    codes: NDArray[np.int32],
-    edges: NDArray[np.int64],
-    fresh: NDArray[np.bool_],
-) -> None:
-    """Plain Python until numba compiles it, as all that follows."""
-    height = len(columns)
-    for place in range(len(fresh)):
-        first, count = edges[place], edges[place + 1] - edges[place]
-        if fresh[place]:
-            start[:] = START
-        own, taken = np.empty((height, count), np.float32), np.empty((height, count), np.float32)
-        found, near = np.empty((height, count), np.int32), np.empty((min(count, len(spread)), count), np.float32)
-        for row in range(len(near)):
-            for later in range(count):
-                near[row, later] = spread[first + row, first + later]
-        for column in range(height):
-            for row in range(count):
-                own[column, row], taken[column, row] = values[column, first + row], handed[column, first + row]
-        piece(own, taken, upper, near, rows[first : first + count], columns, halves, ways, start, found)
-        for column in range(height):
-            for row in range(count):
-                values[column, first + row], handed[column, first + row] = own[column, row], taken[column, row]
-                codes[column, first + row] = found[column, row]
-            for row in range(len(near)):
-                for later in range(first + count, len(spread)):
-                    handed[column, later] += taken[column, row] * spread[first + row, later]
+    vector, matrix = "float32[::1]", "float32[:, ::1]"
+    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
+    return jit.compiled(
+        kernel, f"void({patch}, {vector}, int64[:, ::1], uint8[::1], int32[:, ::1], int64[::1], b1[::1])"
+    )
 
 
 def _round(
     states: int,
-    values: NDArray[np.float32],
-    handed: NDArray[np.float32],
+    all_values: NDArray[np.float32],
+    all_handed: NDArray[np.float32],
     upper: NDArray[np.float32],
     spread: NDArray[np.float32],
-    rows: NDArray[np.float32],
+    all_rows: NDArray[np.float32],
     columns: NDArray[np.float32],
     halves: NDArray[np.float32],
     ways: NDArray[np.int64],
     start: NDArray[np.uint8],
-    codes: NDArray[np.int32],
+    all_codes: NDArray[np.int32],
+    edges: NDArray[np.int64],
+    fresh: NDArray[np.bool_],
 ) -> None:
-    """One piece.
+    """Plain Python until numba compiles it, as all that follows.
 
     What is known of the best path into each state lies in one array, so that the compiler sees that nothing in it
     overlaps. In units of `states`: 0 targets, 1 what the paths cost, 2 halves; then, of codes of even parity and of
     odd, 3 and 4 codes, 5 and 6 costs, 7 and 8 errors.
     """
-    count, interact = len(rows), len(spread) > 0
-    work = np.empty(9 * states, np.float32)
+    work, interact = np.empty(9 * states, np.float32), len(spread) > 0
     own, later = np.zeros((states, PATCH), np.float32), np.zeros((states, PATCH), np.float32)
-    padded = np.zeros((count, PATCH), np.float32)
-    way, error = np.empty((count, states), np.uint8), np.empty((count, states), np.float32)
-    code = np.empty((count, states), np.float32)
-    for row in range(len(spread)):
-        padded[row, :count] = spread[row]
-    for column in range(len(columns)):
-        for state in range(states):
-            work[states + state], work[2 * states + state] = np.float32(np.inf), halves[state]
-            if interact:
-                for row in range(count):
-                    own[state, row] = values[column, row] - handed[column, row]
-        work[states + start[column]], steps = np.float32(0), rows * columns[column]
-        for row in range(count):
+    for piece in range(len(fresh)):
+        first, last = edges[piece], edges[piece + 1]
+        values, handed = _cut(all_values, first, last), _cut(all_handed, first, last)
+        rows, codes, count = all_rows[first:last], np.empty(values.shape, np.int32), last - first
+        padded = np.zeros((count, PATCH), np.float32)
+        way, error = np.empty((count, states), np.uint8), np.empty((count, states), np.float32)
+        code = np.empty((count, states), np.float32)
+        if interact:
+            padded[:, :count] = spread[first:last, first:last]
+        if fresh[piece]:
+            start[:] = START
+        for column in range(len(columns)):
             for state in range(states):
-                work[state] = own[state, row] if interact else values[column, row]
-            _extend(states, work, steps[row])
-            _choose(states, work, ways, way[row], error[row], code[row])
-            if interact:
-                _hand_on(states, way[row], error[row], padded[row], own, later)
-                own, later = later, own
-        best = 0
-        for state in range(1, states):
-            if work[states + state] < work[states + best]:
-                best = state
-        start[column] = best
-        _trace(states, best, way, error, code, halves, steps, codes[column], values[column], handed[column])
-        for row in range(count if len(upper) else 0):
-            values[column, row] /= upper[column, column]
-        for other in range(column + 1, len(upper)):
+                work[states + state], work[2 * states + state] = np.float32(np.inf), halves[state]
+                if interact:
+                    for row in range(count):
+                        own[state, row] = values[column, row] - handed[column, row]
+            work[states + start[column]], steps = np.float32(0), rows * columns[column]
             for row in range(count):
-                values[other, row] -= upper[column, other] * values[column, row]
+                for state in range(states):
+                    work[state] = own[state, row] if interact else values[column, row]
+                _extend(states, work, steps[row])
+                _choose(states, work, ways, way[row], error[row], code[row])
+                if interact:
+                    _hand_on(states, way[row], error[row], padded[row], own, later)
+                    own, later = later, own
+            best = 0
+            for state in range(1, states):
+                if work[states + state] < work[states + best]:
+                    best = state
+            start[column] = best
+            _trace(states, best, way, error, code, halves, steps, codes[column], values[column], handed[column])
+            for row in range(count if len(upper) else 0):
+                values[column, row] /= upper[column, column]
+            for other in range(column + 1, len(upper)):
+                for row in range(count):
+                    values[other, row] -= upper[column, other] * values[column, row]
+        _paste(all_values, first, values)
+        _paste(all_handed, first, handed)
+        _paste(all_codes, first, codes)
+        if interact:
+            _hand_down(all_handed, first, last, spread)
+
+
+def _cut(whole: NDArray[np.float32], first: int, last: int) -> NDArray[np.float32]:
+    """A copy of some rows, which lie along the second axis."""
+    found = np.empty((len(whole), last - first), np.float32)
+    for column in range(len(whole)):
+        for row in range(last - first):
+            found[column, row] = whole[column, first + row]
+    return found
+
+
+def _paste(whole: NDArray[Any], first: int, part: NDArray[Any]) -> None:
+    """Put them back."""
+    for column in range(len(whole)):
+        for row in range(part.shape[1]):
+            whole[column, first + row] = part[column, row]
+
+
+def _hand_down(handed: NDArray[np.float32], first: int, last: int, spread: NDArray[np.float32]) -> None:
+    """The errors of a piece to all rows behind it."""
+    for column in range(len(handed)):
+        for row in range(first, last):
+            error = handed[column, row]
+            for later in range(last, len(spread)):
+                handed[column, later] += error * spread[row, later]
 
 
 def _extend(states: int, work: NDArray[np.float32], step: np.float32) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nashswarm.threads import Team, team
+from nashswarm.threads import in_step, team
 
 TILE = 128  # rows and columns
 LEAST = 16  # columns that are solved for together, where there are few
@@ -67,50 +67,46 @@ class Factored:
 
 
 def factored(matrix: Tensor) -> Factored | None:
-    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite."""
-    places, pivots = tiles(len(matrix)), list[Tensor]()
-    with team(len(places)) as run:
-        try:
-            pivots.append(_pivot(matrix, places[-1]))
-            for last in reversed(range(1, len(places))):
-                here = places[last]
-                _column(matrix, places[:last], here, pivots[-1], pivots.append, run)
-        except _NotDefiniteError:
-            return None
-    return Factored(matrix, pivots[::-1])
+    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite.
+
+    Columns of tiles come from the last to the first, each tile of them from the diagonal up; a column follows the one
+    behind it two tiles below, since it begins with what that one left of its diagonal.
+    """
+    places = tiles(len(matrix))
+    pivots = dict[int, Tensor]()
+
+    def column(number: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
+        here, behind = places[number], slice(places[number].stop, None)
+        right = matrix[here, behind].T
+        wait()
+        for row in reversed(range(number + 1)):
+            wait()
+            rows = places[row]
+            rest = torch.addmm(matrix[rows, here], matrix[rows, behind], right, alpha=-1)
+            if row == number:
+                matrix[rows, here], pivots[number] = _pivot(rest)
+            else:
+                matrix[rows, here] = rest @ pivots[number].T
+            done()
+
+    try:
+        in_step(column, range(len(places))[::-1], len(places) + 1)
+    except _NotDefiniteError:
+        return None
+    return Factored(matrix, [pivots[number] for number in range(len(places))])
 
 
 class _NotDefiniteError(Exception):
     pass
 
 
-def _column(
-    matrix: Tensor, above: list[slice], here: slice, pivot: Tensor, found: Callable[[Tensor], None], run: Team
-) -> None:
-    """R's tiles above one on the diagonal; and as soon as it can be had, `found` gets the next one's pivot."""
-    behind = slice(here.stop, None)
-
-    def tile(number: int) -> None:
-        rows = above[number]
-        rest = torch.addmm(matrix[rows, here], matrix[rows, behind], matrix[here, behind].T, alpha=-1)
-        matrix[rows, here] = rest @ pivot.T
-        if number == len(above) - 1:
-            found(_pivot(matrix, rows))
-
-    run(tile, reversed(range(len(above))))
-
-
-def _pivot(matrix: Tensor, here: slice) -> Tensor:
-    """The inverse of R's tile on the diagonal, which this puts in its place."""
-    right = matrix[here, here.stop :]
-    rest = torch.addmm(matrix[here, here], right, right.T, alpha=-1)
-    lower, failed = torch.linalg.cholesky_ex(rest.flip(0, 1))
+def _pivot(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """R of a tile on the diagonal, and its inverse."""
+    lower, failed = torch.linalg.cholesky_ex(tile.flip(0, 1))
     if int(failed):
         raise _NotDefiniteError
-    matrix[here, here] = upper = lower.flip(0, 1)
-    unit = torch.eye(len(upper), dtype=upper.dtype)
-    found: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
-    return found
+    upper, unit = lower.flip(0, 1), torch.eye(len(tile), dtype=tile.dtype)
+    return upper, torch.linalg.solve_triangular(upper, unit, upper=True)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ INPUT_DAMPING = 0.1
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
 SAMPLE_ROWS = 32  # at least
 SIDES = ("rows", "columns")
+COLUMNS = 64  # rounded between two matrix products; with 128, half as many threads could follow each other
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
 TUNED = {"with": "tuning_steps"}  # settings that no document states where this one is off
 
@@ -257,18 +258,19 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     steps = replace(unit, base=base / BASE_UNITS)
     rows, columns = steps.of_rows().numpy(), steps.of_columns(0).numpy()
     codes, blocks = np.empty(job.tensor.shape[::-1], np.int32), entropy.first_rows(job.tensor.shape)
-    edges = trellis.decisions(blocks, model.spread is not None)
+    edges, begins = trellis.decisions(blocks, model.spread is not None), np.zeros(len(job.weight) + 1, np.bool_)
+    begins[blocks] = True
     states = np.empty(len(codes), np.uint8)  # of the machine in every column, in rounding order
 
     def visit(part: feedback.Part) -> None:
         patch, own = part.whole(), states[part.place[0] :][: len(part.columns)]
-        pieces = trellis.Pieces(part.edges, np.isin(part.edges[:-1] + patch.first, blocks))
+        pieces = trellis.Pieces(part.edges, begins[part.edges[:-1] + patch.first])
         found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine, pieces)
         if found.min() == trellis.OUT_OF_BOUNDS:
             raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
         codes[patch.columns[:, None], patch.rows] = found
 
-    feedback.sweep(job.weight, model.columns, model.spread, feedback.BLOCK, edges, visit)
+    feedback.sweep(job.weight, model.columns, model.spread, COLUMNS, edges, visit)
     fitted = _fitted(np.ascontiguousarray(codes.T), machine)
     return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, **fitted)
 

@@ -28,7 +28,7 @@ FOUNDATION: dict[str, set[str]] = {
     "patches": set(),
     "trellis": {"jit", "patches", "rans"},
     "entropy": {"rans", "trellis"},
-    "feedback": {"patches", "threads", "types"},
+    "feedback": {"patches", "threads", "triangular", "types"},
     "kernels": set(),
     "kernels.nvrtc": set(),
     "kernels.viterbi": {"kernels.nvrtc", "rans", "trellis"},
@@ -36,6 +36,7 @@ FOUNDATION: dict[str, set[str]] = {
     "clipped": {"jit", "patches"},
     "processes": set(),
     "threads": set(),
+    "triangular": {"threads"},
     "tooling": {"bitpack", "processes", "types"},
 }
 FOR_SCRIPTS = {"processes", "threads", "types"}  # of the foundation; for the rest, the library stands between
@@ -69,6 +70,7 @@ TORCH = {
     "statistics",
     "tooling",
     "threads",
+    "triangular",
     "tuning",
 }
 TORCH_ROOMS = {"codecs", "importance"}

@@ -137,7 +137,7 @@ def _kernel(states: int) -> Callable[..., None]:
     within: list[Any] = [_round, _extend, _choose, _hand_on, _trace]
     for part in within:
         register_jitable(inline="always")(part)  # each stays plain Python, too
-    beside: list[Any] = [_cut, _paste, _hand_down]
+    beside: list[Any] = [_cut, _paste, _hand_over, _hand_down]
     for part in beside:
         register_jitable(part)
 
@@ -206,16 +206,11 @@ def _round(
                     best = state
             start[column] = best
             _trace(states, best, way, error, code, halves, steps, codes[column], values[column], handed[column])
-            for row in range(count if len(upper) else 0):
-                values[column, row] /= upper[column, column]
-            for other in range(column + 1, len(upper)):
-                for row in range(count):
-                    values[other, row] -= upper[column, other] * values[column, row]
-        _paste(all_values, first, values)
-        _paste(all_handed, first, handed)
+            _hand_over(values, column, upper)
+        for whole, part in ((all_values, values), (all_handed, handed)):
+            _paste(whole, first, part)
         _paste(all_codes, first, codes)
-        if interact:
-            _hand_down(all_handed, first, last, spread)
+        _hand_down(all_handed, first, last, spread)
 
 
 def _cut(whole: NDArray[np.float32], first: int, last: int) -> NDArray[np.float32]:
@@ -234,9 +229,18 @@ def _paste(whole: NDArray[Any], first: int, part: NDArray[Any]) -> None:
             whole[column, first + row] = part[column, row]
 
 
+def _hand_over(values: NDArray[np.float32], column: int, upper: NDArray[np.float32]) -> None:
+    """What is left of a column to all columns behind it."""
+    for row in range(values.shape[1] if len(upper) else 0):
+        values[column, row] /= upper[column, column]
+    for later in range(column + 1, len(upper)):
+        for row in range(values.shape[1]):
+            values[later, row] -= upper[column, later] * values[column, row]
+
+
 def _hand_down(handed: NDArray[np.float32], first: int, last: int, spread: NDArray[np.float32]) -> None:
-    """The errors of a piece to all rows behind it."""
-    for column in range(len(handed)):
+    """The errors of a piece to all rows behind it, where rows interact."""
+    for column in range(len(handed) if len(spread) else 0):
         for row in range(first, last):
             error = handed[column, row]
             for later in range(last, len(spread)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +14,12 @@ import pytest
 from conftest import PROJECT
 
 from nashswarm import preflight, statistics
-from nashswarm.benchmarks import cores, recording, scale
+from nashswarm.benchmarks import crews, recording, scale
 from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.benchmarks.schedule import NONE, Made, Network, Phase, Sum, Task, _Run, jobs, makespan, serial
 from nashswarm.benchmarks.tables import tables
-from nashswarm.benchmarks.workload import At, Model, Text, parts, returned, sent
+from nashswarm.benchmarks.workload import INSIDE, PASS, TABLES, At, Model, Text, parts, returned, sent
 from nashswarm.config import Scoring
 from nashswarm.console import quiet
 from nashswarm.engine import AHEAD
@@ -182,9 +182,9 @@ def test_calls_move_what_the_formulas_say(records: list[recording.Record]) -> No
             continue
         for call in found.calls:
             at = recording._at(found.model, found.stage, call.label, call.about)
-            if call.label in ("_embedded", "_forward", "_head", "_block", "adopt", "settle", "_encode"):
+            if call.label in ("_embedded", "_forward", "_head", "_block", "put", "_encode"):
                 assert call.sent == sent(call.label, at), call
-            if call.label in ("_embedded", "_forward", "_head", "_block", "_head.result", "_block.result", "settle"):
+            if call.label in ("_embedded", "_forward", "_head", "_block", "_head.result", "_block.result", "put"):
                 assert call.returned == returned(call.label, at), call
             if call.label in ("_head", "_block"):
                 assert call.kept == sum(parts(call.label, at)), call
@@ -195,7 +195,7 @@ def test_calls_move_what_the_formulas_say(records: list[recording.Record]) -> No
             if call.label == "_encode":
                 assert call.returned == pytest.approx(returned(call.label, at), rel=0.01), call
             seen.add(call.label)
-    assert {"_embedded", "_forward", "_head", "_block", "about", "compare", "adopt", "_encode", "settle"} <= seen
+    assert {"_embedded", "_forward", "_head", "_block", "about", "compare", "add", "_encode", "put"} <= seen
     assert {f"{of}.{what}" for of in ("_head", "_block") for what in ("add", "result")} <= seen
 
 
@@ -251,29 +251,48 @@ def test_what_the_driver_does_with_statistics_is_that_of_a_block(records: list[r
     assert score.calls[head + 1].about == "1"
 
 
-def test_every_stage_is_timed_with_every_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, set[int]]] = []
+def test_what_all_wait_for_is_timed_with_every_crew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(crews, "alone", lambda threads, work, *arguments: work(*arguments))
+    monkeypatch.setattr(crews, "set_crew", asked.append)
+    found = crews.measure([1, 2], quiet, [METHOD], recording.TINY)
+    assert asked == [1, 2]
+    assert found.keys() == {"1", "2"}
+    names = {f"{METHOD} {label} {role}" for label in ("add seconds", "correct gap") for role in INSIDE}
+    names |= {f"{METHOD} _encode seconds {role}" for role in (*INSIDE, *TABLES)}
+    for own in found.values():
+        assert own.keys() == names
+        assert min(own.values()) > 0
+    shares = scale.shares({"crews": {"seconds": found}})
+    assert set(shares[1].values()) == {1.0}
+    assert shares[2] == {key: seconds / found["1"][key] for key, seconds in found["2"].items()}
 
-    def here(threads: int, work: Callable[..., float], *arguments: Any) -> float:
-        asked.append((threads, set()))
-        return work(*arguments)
 
-    monkeypatch.setattr(cores, "alone", here)
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {7, 3, 5})
-    monkeypatch.setattr(cores.os, "sched_setaffinity", lambda _, own: asked[-1][1].update(own))
-    monkeypatch.setattr(cores, "METHODS", {"rtn4-g64": ("allocate", "pack")})
-    rows = cores.measure([1, 2], quiet, recording.TINY)
-    assert asked == [(1, {3})] * 3 + [(2, {3, 5})] * 3
-    assert [row["stage"] for row in rows] == ["score 8192 tokens", "allocate rtn4-g64", "pack rtn4-g64"]
-    assert all(set(row["seconds"]) == {"1", "2"} and min(row["seconds"].values()) >= 0 for row in rows)
-
-
-def test_speed_ups_by_cores_are_against_the_fewest() -> None:
+def test_speed_ups_by_crews_are_against_one_thread() -> None:
     document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
-    rows = [{"stage": "score", "seconds": {"16": 2.0, "1": 12.0, "4": 4.0}}]
-    table = tables({**document, "cores": {"rows": rows}})["cores"]
-    assert table.splitlines()[0] == "| stage | s, 1 core | 4 | 16 |"
-    assert table.splitlines()[2] == "| score | 12.0 | 3.0 | 6.0 |"
+    key = f"{METHOD} correct gap mlp.c_fc"
+    table = tables({**document, "crews": {"seconds": {"16": {key: 2.0}, "1": {key: 12.0}, "4": {key: 4.0}}}})["crews"]
+    assert table.splitlines()[0] == "| method | what | matrix | s, 1 thread | 4 threads | 16 threads |"
+    assert table.splitlines()[2] == f"| {METHOD} | correction | mlp.c_fc | 12.00 | 3.0 | 6.0 |"
+
+
+def test_workers_on_one_machine_share_its_cores(records: list[recording.Record]) -> None:
+    """Crews halve what everything waits for, and nothing else."""
+    document: dict[str, dict[str, object]] = {"rates": {"products": 1e11, "rounding": 1e6, "reading": 1e10}}
+    for found in records:
+        for key, value in scale.noted(found).items():
+            document.setdefault(key, {}).update(value)
+    prices = scale.Prices.of(scale.units_of(document), Rates(**document["rates"]))  # type: ignore[arg-type]
+    stages = scale.Stages(prices, Model(2, 64, 300), {METHOD: 1.0}, Text(2, {METHOD: 2}, 3))
+    alone = ("add seconds", "correct gap", "_encode seconds")
+    shares = {f"{METHOD} {what} {role}": 0.5 for what in alone for role in (*INSIDE, *TABLES)}
+    one, halved = (replace(stages, crews=given).one("pack", METHOD) for given in ({}, {1: shares}))
+    waited = 0.0
+    for role in (*TABLES, *INSIDE * 2):
+        for what in alone if role in INSIDE else alone[-1:]:
+            label, part = what.split()
+            waited += prices.seconds("pack", METHOD, label, part, At(stages.model, role, PASS))
+    assert one - halved == pytest.approx(waited / 2, rel=1e-6)
 
 
 def test_memory_is_what_preflight_says(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     record    time every task of the pipeline on models of true widths with random weights; an hour on a quiet core
     workers   two Ray workers of one thread against one process with two; wants a quiet machine, ten minutes
-    cores     one process with 1, 2, 4, ... cores; wants a machine with many of them
+    crews     what all wait for, by 1, 2, 4, ... threads; wants a machine with as many cores
     predict   fit the cost model, simulate schedules, predict; seconds
     show      the tables of docs/scale.md
 
@@ -22,10 +22,11 @@ from nashswarm.threads import wait_asleep
 wait_asleep()  # before torch is loaded
 
 from nashswarm import artifacts  # noqa: E402
-from nashswarm.benchmarks import cores, costs, recording, scale, tables, workers  # noqa: E402
+from nashswarm.benchmarks import costs, crews, recording, scale, tables, workers  # noqa: E402
 from nashswarm.benchmarks.machine import machine  # noqa: E402
 from nashswarm.benchmarks.quantization import Shape  # noqa: E402
 from nashswarm.benchmarks.timing import plain  # noqa: E402
+from nashswarm.benchmarks.workload import CHAINED  # noqa: E402
 from nashswarm.config import HEAD  # noqa: E402
 from nashswarm.console import progress  # noqa: E402
 
@@ -63,10 +64,16 @@ def compare(rounds: int = 5) -> None:
     change({"workers": workers.compare(rounds), "machine": plain(machine(2, 256, 20))})
 
 
-@app.command("cores")
-def measure(counts: Annotated[list[int], typer.Argument()] = [1, 2, 4, 8, 16]) -> None:  # noqa: B006
-    """One process with more and more cores."""
-    change({"cores": {"rows": cores.measure(counts, progress), "machine": plain(machine(max(counts), 256, 20))}})
+@app.command("crews")
+def measure(
+    counts: Annotated[list[int], typer.Argument(help="of threads, 1 among them")] = [1, 2, 4, 8, 16],  # noqa: B006
+    method: Annotated[list[str] | None, typer.Option(help="of the markets; can be given again")] = None,
+) -> None:
+    """What everything waits for, by more and more threads."""
+    found = crews.measure(counts, progress, method or CHAINED)
+    kept = read().get("crews", {}).get("seconds", {})
+    seconds = {n: {**kept.get(n, {}), **own} for n, own in {**kept, **found}.items()}
+    change({"crews": {"seconds": seconds, "machine": plain(machine(max(counts), 256, 20))}})
 
 
 @app.command()

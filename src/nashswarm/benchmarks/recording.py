@@ -29,6 +29,7 @@ from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_m
 from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
 from nashswarm.folding import Folding, Here, Parts, Total
+from nashswarm.propagation import Sums
 from nashswarm.types import ModelIndex, Progress, TensorSpec, TokenizedSplit
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -65,11 +66,12 @@ class Call:
 class Recorder(Ray):
     """One worker, which is this process. A Ray to the pipeline, which shards the quantized prefix for no other."""
 
-    def __init__(self, slots: int = 1) -> None:
+    def __init__(self, slots: int = 1, clock: Callable[[], float] = time.process_time) -> None:
         """Arguments: `slots`, as many as the pipeline is told that there are."""
         self.threads, self.device, self.slots = torch.get_num_threads(), "cpu", slots
         self.calls: list[Call] = []
-        self.last = time.process_time()
+        self.clock = clock
+        self.last = clock()
 
     def share(self, make: Callable[[], Any], *_: Any) -> Any:  # type: ignore[override, unused-ignore]
         """Made at once, and written down."""
@@ -81,12 +83,12 @@ class Recorder(Ray):
         """One after the other."""
         name, rest = function.__name__, iter(items)
         while True:
-            gap, began = self.gap(), time.process_time()
+            gap, began = self.gap(), self.clock()
             item = next(rest, None)
-            before = time.process_time() - began
+            before = self.clock() - began
             if item is None:
                 return  # what that took is in the next gap
-            self.last = time.process_time()
+            self.last = self.clock()
             found = self.note(name, _about(item), partial(function, shared, *item), sent=nbytes(item), before=before)
             place = len(self.calls) - 1
             self.calls[place] = dataclasses.replace(self.calls[place], gap=gap)
@@ -111,17 +113,17 @@ class Recorder(Ray):
 
     def gap(self) -> float:
         """Seconds since the last call or gap ended."""
-        now = time.process_time()
+        now = self.clock()
         found, self.last = now - self.last, now
         return found
 
     def note(self, label: str, about: str, work: Callable[[], Any], sent: int = 0, before: float = 0.0) -> Any:
         """Do a call's work, and write it down."""
-        gap, began = self.gap(), time.process_time()
+        gap, began = self.gap(), self.clock()
         found = work()
-        seconds = time.process_time() - began
+        seconds = self.clock() - began
         self.calls.append(Call(label, about, gap, before, seconds, 0.0, sent, nbytes(found)))
-        self.last = time.process_time()
+        self.last = self.clock()
         return found
 
     def end(self) -> list[Call]:
@@ -151,7 +153,13 @@ class _Here(Member):
 
     def submit(self, method: str, *arguments: Any) -> Any:
         work = partial(getattr(self.made, method), *arguments)
-        return self.recorder.note(method, _about(arguments), work, sent=nbytes(arguments))
+        found = self.recorder.note(method, _about(arguments), work, sent=nbytes(arguments))
+        if method == "compare" and None not in found:
+            sums = Sums()
+            sums.add(found)
+            self.recorder.last = self.recorder.clock()
+            self.recorder.note("add", _about(arguments), partial(sums.add, found))  # as of every batch but the first
+        return found
 
     def result(self, submitted: Any, lasting: bool = False) -> Any:
         return submitted
@@ -218,7 +226,7 @@ def _score(root: Path, tiny: Path) -> Record:
     ids, scoring = random_text(index, SCORED), Scoring(tokens=SCORED, batch_tokens=BATCH)
     for tensor, found in statistics.gather(load, index, ids, scoring, quiet, None, engine):
         artifacts.write_statistics(root, tensor.name, found)
-    return _record("score", "all", index, engine)
+    return record_of("score", "all", index, engine)
 
 
 def _method(root: Path, tiny: Path, name: str) -> list[Record]:
@@ -231,10 +239,10 @@ def _method(root: Path, tiny: Path, name: str) -> list[Record]:
 def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Record]:
     index, engine = model.index, Recorder()
     allocation = quantize.allocate(model, method, quiet, engine)
-    yield _record("allocate", method.name, index, engine)
+    yield record_of("allocate", method.name, index, engine)
     engine = Recorder()
     quantize.pack(model, method, allocation, random_text(index, PREFIX), target, quiet, None, engine)
-    yield _record("pack", method.name, index, engine)
+    yield record_of("pack", method.name, index, engine)
     directory, ids = model.checkpoint.directory, random_text(index, EVALUATED)
     width = next(t.shape[1] for t in index.tensors if t.name == index.head)
     said = evaluation.Baseline(np.zeros((len(ids), width), np.float32), np.zeros(1))
@@ -242,7 +250,7 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
     engine = Recorder(slots=len(ids))  # a batch to a task; the last one is a text of 64 tokens
     load = partial(loading.open_for_evaluation, target, directory, index)
     evaluation.measure(load, original, split_of(ids), READING, index.context, quiet, engine)
-    yield _record("evaluate", method.name, index, engine)
+    yield record_of("evaluate", method.name, index, engine)
 
 
 def split_of(ids: np.ndarray) -> TokenizedSplit:
@@ -250,7 +258,8 @@ def split_of(ids: np.ndarray) -> TokenizedSplit:
     return TokenizedSplit(ids, ids[:64], np.array([64]), np.array([100]))
 
 
-def _record(stage: str, method: str, index: ModelIndex, engine: Recorder) -> Record:
+def record_of(stage: str, method: str, index: ModelIndex, engine: Recorder) -> Record:
+    """What an engine wrote down of a stage."""
     rows, width = next(t.shape for t in index.tensors if t.name == index.head)
     return Record(stage, method, Model(index.layers, width, rows), peak_bytes(), engine.end())
 
@@ -293,8 +302,11 @@ def units(found: Record) -> list[Unit]:
         closing = sum(c.gap for c in found.calls if c.label in ("vector", "end"))
         result.append(made("end", "gap", At(model), closing / rounds(found)))
     groups: dict[tuple[str, str], list[Call]] = {}
+    chained = any(call.label == "compare" for call in found.calls)
     for call in found.calls:
         groups.setdefault((call.label, call.about), []).append(call)
+        if chained and call.label == "_encode":  # what comes before is the driver's correction
+            groups.setdefault(("correct", call.about), []).append(call)
     for (label, about), calls in groups.items():
         at = _at(model, stage, label, about)
         for part in ("gap", "before", "seconds", "after"):

@@ -41,7 +41,7 @@ WORKERS = (1, 2, 4, 8, 16)
 STAGES = ("score", "allocate", "pack", "evaluate")
 CASES = [("score", "all"), *((stage, method) for method in METHODS for stage in STAGES[1:])]
 # Whose tasks are the same code for all methods: they are fitted together.
-COMMON = {"about", "compare", "adopt", "open"}
+COMMON = {"about", "compare", "add", "correct", "open"}
 ON_DEVICE = {"_embedded", "_forward", "_head", "_block", "about", "compare", "batch"}
 
 
@@ -103,6 +103,7 @@ class Stages:
     model: Model
     ratio: Mapping[str, float]
     text: Text = field(default_factory=Text)
+    crews: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # workers, all on one machine: see `shares`
 
     def phases(self, stage: str, method: str, workers: int) -> list[Phase]:
         """Of a stage with so many workers: members and shares of the text follow their number."""
@@ -172,6 +173,10 @@ class Stages:
         def gap(label: str, at: At) -> float:
             return self.prices.seconds("pack", method, label, "gap", at)
 
+        def crew(label: str, part: str, at: At) -> float:
+            """Share of a thread's time that a crew takes."""
+            return self.crews[workers].get(f"{method} {label} {part} {at.role}", 1.0) if self.crews else 1.0
+
         def call(label: str, at: At) -> Phase:
             """Of all members; each computes its batches."""
             one = self._task("pack", method, label, at)
@@ -180,11 +185,15 @@ class Stages:
 
         def matrix(role: str, first: bool) -> list[Phase]:
             at = At(self.model, role, PASS, first)
-            rounding = Phase([self._task("pack", method, "_encode", at, chained=True)])
+            rounding = self._task("pack", method, "_encode", at, chained=True)
+            rounding = replace(rounding, seconds=crew("_encode", "seconds", at) * rounding.seconds)
             if role in TABLES:
-                return [Phase(gap=gap("about", at)), rounding, call("settle", at)]
+                return [Phase(gap=gap("about", at)), Phase([rounding]), call("put", at)]
             enter = call("about", at) if role == FIRST else Phase(gap=gap("about", at))
-            return [enter, call("compare", at), call("adopt", at), rounding, call("settle", at)]
+            adding = self.prices.seconds("pack", method, "add", "seconds", at) * crew("add", "seconds", at)
+            # A batch was added where corrections were recorded.
+            correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - 1) * adding
+            return [enter, call("compare", at), Phase([rounding], correcting), call("put", at)]
 
         places = [(role, False) for role in TABLES]
         places += [(role, layer == 0) for layer in range(self.model.layers) for role in INSIDE]
@@ -233,9 +242,18 @@ class Stages:
         return best[0] + self.many("score", "all", workers, network), best[1]
 
 
-def speed_ups(stages: Stages, network: Network, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows: a stage by a method, or a grid of so many methods, against one worker without a network."""
+def speed_ups(
+    stages: Stages, network: Network, sizes: Sequence[int], crews: Mapping[int, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Rows: a stage by a method, or a grid of so many methods, against one worker without a network.
+
+    Arguments: `crews`, as by `shares`; with them, packing behind the prefix also by workers that are on one machine.
+    """
     found = [_row(stages, stage, method, network) for stage, method in CASES if stages.one(stage, method) > 0]
+    here = Network(float("inf"), network.latency)
+    for method in CHAINED if crews else ():
+        row = _row(replace(stages, crews=crews), "pack", method, here)
+        found.append({**row, "stage": "pack, one machine", "moved_gb": 0.0})
     for size in sizes:
         methods = [list(METHODS)[i % len(METHODS)] for i in range(size)]
         alone = stages.grid(methods, 1, NONE)[0]
@@ -262,6 +280,12 @@ def _row(stages: Stages, stage: str, method: str, network: Network) -> dict[str,
 
 def _digits(value: float) -> float:
     return float(f"{value:.3g}")
+
+
+def shares(document: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """Number of threads -> method, call and matrix -> their seconds over those of one thread; of CREWED alone."""
+    crews: Mapping[str, Mapping[str, float]] = document.get("crews", {}).get("seconds", {})
+    return {int(n): {key: own[key] / crews["1"][key] for key in own} for n, own in crews.items()}
 
 
 # --- memory --------------------------------------------------------------------------------------------------------
@@ -375,19 +399,22 @@ def derived(document: Mapping[str, Any]) -> dict[str, Any]:
     ratio = document["bytes_a_weight"]
     latency = document["workers"]["round_trip"]["median"] if "workers" in document else 0.001
     network = Network(LINK, latency)
-    stages = {name: Stages(prices, model, ratio) for name, model in MODELS.items()}
+    stages, crews = {name: Stages(prices, model, ratio) for name, model in MODELS.items()}, shares(document)
     return {
         "costs": {name: _fitted(cost) for name, cost in sorted(prices.fitted.items())},
         "check": check(document, prices, ratio),
         "simulated": pair(prices, ratio, Network(float("inf"), latency)),
         "network": {"bandwidth": LINK, "latency": latency},
-        "speed_ups": {n: speed_ups(of, network, GRIDS) for n, of in stages.items() if n in MEASURED},
+        "speed_ups": {
+            n: speed_ups(of, network, GRIDS, crews if n == CREWED else {}) for n, of in stages.items() if n in MEASURED
+        },
         "memory_gib": {name: memory(model) for name, model in MODELS.items()},
         "predictions": {name: predictions(of, network) for name, of in stages.items()},
     }
 
 
 MEASURED = ("reference", "gpt2", "gpt2-medium", "gpt2-xl")
+CREWED = "gpt2-xl"  # whose matrices crews were timed with
 
 
 def _fitted(cost: Cost) -> dict[str, Any]:

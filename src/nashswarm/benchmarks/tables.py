@@ -10,6 +10,7 @@ from nashswarm.benchmarks.scale import PLACES
 TERMS = {"products": "a", "interaction": "b", "weights": "c", "bytes": "d", "fixed": "fixed, s"}
 SHOWN = ("2", "4", "8", "16")
 NONE = "–"
+CREWED = {"_encode": "rounding", "correct": "correction", "add": "a batch's sums"}
 LARGEST = "gpt2-xl"  # of those that were measured
 MODELS = ("reference", "gpt2", "gpt2-medium", "gpt2-xl", "7B", "70B", "1T")
 PREDICTED = ("gpt2", "gpt2-xl", "7B", "70B", "1T")
@@ -24,7 +25,7 @@ def tables(document: Mapping[str, Any]) -> dict[str, str]:
         "memory": _memory(document),
         "predictions": _predictions(document),
     }
-    measured = {"workers": _workers, "cores": _cores}
+    measured = {"workers": _workers, "crews": _crews}
     return found | {name: table(document) for name, table in measured.items() if name in document}
 
 
@@ -123,12 +124,15 @@ def _workers(document: Mapping[str, Any]) -> str:
     return _table(["stage", "local, s", "Ray, s", "local / Ray", "Ray simulated, s"], rows)
 
 
-def _cores(document: Mapping[str, Any]) -> str:
-    """Seconds with one core, and how many times faster more of them are."""
-    rows = document["cores"]["rows"]
-    few, *more = sorted(rows[0]["seconds"], key=int)
+def _crews(document: Mapping[str, Any]) -> str:
+    """Seconds with one thread, and how many times faster more of them are."""
+    crews: Mapping[str, Mapping[str, float]] = document["crews"]["seconds"]
+    few, *more = sorted(crews, key=int)
 
-    def row(stage: str, seconds: Mapping[str, float]) -> list[str]:
-        return [stage, f"{seconds[few]:.1f}", *(f"{seconds[few] / seconds[count]:.1f}" for count in more)]
+    def row(key: str) -> list[str]:
+        method, label, _, role = key.split()
+        seconds = crews[few][key]
+        return [method, CREWED[label], role, f"{seconds:.2f}", *(f"{seconds / crews[n][key]:.1f}" for n in more)]
 
-    return _table(["stage", f"s, {few} core", *more], [row(r["stage"], r["seconds"]) for r in rows])
+    head = ["method", "what", "matrix", f"s, {few} thread", *(f"{n} threads" for n in more)]
+    return _table(head, map(row, sorted(crews[few])))

@@ -91,20 +91,21 @@ def score(root: Path, tokens: int, engine: Engine) -> None:
 def allocate(root: Path, name: str, engine: Engine) -> None:
     """Decide the bits of a method."""
     model, method = open_model(root), parse_method(name, METHODS[name])
-    with artifacts.fresh_directory(_bits(root, name)) as target:
+    with artifacts.fresh_directory(bits(root, name)) as target:
         artifacts.write_allocation(target, quantize.allocate(model, method, quiet, engine))
 
 
 def pack(root: Path, name: str, engine: Engine) -> None:
     """Pack by a method, whose bits are decided once."""
     model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
-    if not _bits(root, name).exists():
+    if not bits(root, name).exists():
         allocate(root, name, Local(2))
-    allocation = artifacts.read_allocation(_bits(root, name))
+    allocation = artifacts.read_allocation(bits(root, name))
     quantize.pack(model, method, allocation, random_text(model.index, PREFIX), root / name, quiet, None, engine)
 
 
-def _bits(root: Path, name: str) -> Path:
+def bits(root: Path, name: str) -> Path:
+    """Where `allocate` writes those of a method."""
     return root / f"{name}-bits"
 
 

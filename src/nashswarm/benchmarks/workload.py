@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from nashswarm import entropy, rans
 from nashswarm.benchmarks.costs import Counts
+from nashswarm.propagation import JUDGED
 from nashswarm.statistics import cuts
 
 CONTEXT = 1024
-BATCH, PASS = 2048, 8192  # tokens of a pass: of score and evaluate, of the quantized prefix
+BATCH, PASS = 2048, 2048  # tokens of a pass: of score and evaluate, of the quantized prefix
 FIRST, WRITERS = "attn.c_attn", ("attn.c_proj", "mlp.c_proj")
 INSIDE = (FIRST, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # in the order in which they run
 TABLES = ("wte", "wpe")
@@ -26,7 +27,7 @@ class Text:
 
     score: int = 16  # scoring.tokens over BATCH
     prefix: Mapping[str, int] = field(  # prefix_tokens over PASS
-        default_factory=lambda: {"market-tiles-3_25": 2, "market-coded-3_0": 4}
+        default_factory=lambda: {"market-tiles-3_25": 8, "market-coded-3_0": 16}
     )
     evaluate: int = -(-283_000 // BATCH)
 
@@ -172,10 +173,10 @@ def _compare(at: At) -> Counts:
 
 
 def _correct(at: At) -> Counts:
-    """Eleven regressions, ten of them held against the other fold; float64."""
-    square = at.into**2 * at.out
-    products = 11 * at.into**3 / 3 + (22 + 20 + 6 * (at.role not in WRITERS)) * square
-    return Counts(2.0 * products, weights=at.out * at.into)
+    """Nine regressions, eight of them, of few outputs and in float32, held against the other fold."""
+    judged = 8 * (at.into**3 / 3 + 6 * min(at.out, JUDGED) * at.into**2)
+    last = at.into**3 / 3 + (2 + 2 * (at.role not in WRITERS)) * at.into**2 * at.out
+    return Counts(judged + 2 * last, weights=at.out * at.into, bytes=100.0 * at.into**2)
 
 
 def _weights(at: At) -> Counts:
@@ -224,8 +225,9 @@ COUNTS: Mapping[tuple[str, str, str], Callable[[At], Counts]] = {
     ("pack", "about", "gap"): _weights,
     ("pack", "about", "seconds"): _enter,
     ("pack", "compare", "seconds"): _compare,
-    ("pack", "adopt", "gap"): _correct,
-    ("pack", "settle", "gap"): _weights,
+    ("pack", "add", "seconds"): lambda at: Counts(bytes=returned("compare", at)),
+    ("pack", "correct", "gap"): _correct,
+    ("pack", "put", "gap"): _weights,
     ("pack", "end", "gap"): _all_weights,
     ("pack", "open", "seconds"): lambda at: Counts(forward(at.model, CONTEXT), weights=at.model.weights),
     ("evaluate", "start", "seconds"): _model,
@@ -243,7 +245,7 @@ def takes_time(stage: str, label: str, part: str, at: At) -> bool:
     """Whether there are counts; the rest is milliseconds."""
     if (stage, label, part) in (("allocate", "_encode", "seconds"), ("pack", "_encode", "seconds")):
         return True
-    if label in ("compare", "adopt") and not at.inside:
+    if label in ("compare", "add", "correct") and not at.inside:
         return False
     return (stage, label, part) in COUNTS and not (label == "about" and part == "seconds" and at.role != FIRST)
 
@@ -258,10 +260,8 @@ def sent(label: str, at: At) -> float:
         return 4 * t * d
     if label == "_block":
         return 8 * t * d
-    if label in ("compare", "settle"):
-        return 4 * at.out * at.into
-    if label == "adopt":
-        return 4 * (at.out * at.into + at.into**2 + at.out + at.into)
+    if label == "put":
+        return 4 * at.out * (at.into + at.inside)
     if label == "_encode":  # of a chain
         return 4 * (at.out * at.into + at.into**2 * at.inside)
     return 0
@@ -281,7 +281,7 @@ def returned(label: str, at: At) -> float:
     if label == "compare":
         rest = at.into * at.out + at.into + at.out if at.role in WRITERS else at.into**2 + 2 * at.into
         return 2 * 4 * (at.into**2 + rest + 1)
-    if label == "settle":
+    if label == "put":
         return 4 * at.out * at.inside
     if label == "_encode":
         return at.out * at.into + 2 * (at.out + at.into) + HISTOGRAM

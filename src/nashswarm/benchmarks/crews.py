@@ -6,20 +6,18 @@ one thread; rounding, the driver's regressions and its sums have the crew. Secon
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nashswarm import artifacts, quantize
+from nashswarm import artifacts
 from nashswarm.benchmarks import workers
 from nashswarm.benchmarks.apart import alone
-from nashswarm.benchmarks.quantization import Shape, open_model, random_text, write_model
-from nashswarm.benchmarks.recording import METHODS, PREFIX, TINY, Recorder, record_of, units
+from nashswarm.benchmarks.quantization import Shape, open_model, write_model
+from nashswarm.benchmarks.recording import METHODS, TINY, Recorder, packed_once, units
 from nashswarm.benchmarks.workload import CHAINED
 from nashswarm.config import parse_method
-from nashswarm.console import quiet
 from nashswarm.engine import Local
 from nashswarm.threads import set_crew
 from nashswarm.types import Progress
@@ -59,11 +57,8 @@ def _pack(roots: tuple[Path, ...], name: str, count: int) -> dict[str, float]:
 
 
 def _calls(root: Path, name: str) -> Iterator[tuple[str, float]]:
-    """One round, whatever it takes."""
     model, method, engine = open_model(root), parse_method(name, METHODS[name]), Recorder(clock=time.perf_counter)
-    allocation = dataclasses.replace(artifacts.read_allocation(workers.bits(root, name)), asked_bytes=None)
-    ids = random_text(model.index, PREFIX)
-    quantize.pack(model, method, allocation, ids, root / name, quiet, None, engine)
-    for unit in units(record_of("pack", name, model.index, engine)):
+    allocation = artifacts.read_allocation(workers.bits(root, name))
+    for unit in units(packed_once(model, method, allocation, root / name, engine)):
         if (unit.label, unit.part) in ALONE:
             yield f"{name} {unit.label} {unit.part} {unit.at.role}", float(f"{unit.seconds:.4g}")

@@ -30,7 +30,7 @@ from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
 from nashswarm.folding import Folding, Here, Parts, Total
 from nashswarm.propagation import Sums
-from nashswarm.types import ModelIndex, Progress, TensorSpec, TokenizedSplit
+from nashswarm.types import Allocation, ModelIndex, Progress, TensorSpec, TokenizedSplit
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "rtn4-g64": {"allocator": "uniform", "codec": "grouped", "bits": 4, "group": 64},
@@ -240,9 +240,7 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
     index, engine = model.index, Recorder()
     allocation = quantize.allocate(model, method, quiet, engine)
     yield record_of("allocate", method.name, index, engine)
-    engine = Recorder()
-    quantize.pack(model, method, allocation, random_text(index, PREFIX), target, quiet, None, engine)
-    yield record_of("pack", method.name, index, engine)
+    yield packed_once(model, method, allocation, target, Recorder())
     directory, ids = model.checkpoint.directory, random_text(index, EVALUATED)
     width = next(t.shape[1] for t in index.tensors if t.name == index.head)
     said = evaluation.Baseline(np.zeros((len(ids), width), np.float32), np.zeros(1))
@@ -251,6 +249,15 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
     load = partial(loading.open_for_evaluation, target, directory, index)
     evaluation.measure(load, original, split_of(ids), READING, index.context, quiet, engine)
     yield record_of("evaluate", method.name, index, engine)
+
+
+def packed_once(
+    model: quantize.Model, method: Method, allocation: Allocation, target: Path, engine: Recorder
+) -> Record:
+    """What an engine writes down of one round of packing, whatever it takes."""
+    once = dataclasses.replace(allocation, asked_bytes=None)
+    quantize.pack(model, method, once, random_text(model.index, PREFIX), target, quiet, None, engine)
+    return record_of("pack", method.name, model.index, engine)
 
 
 def split_of(ids: np.ndarray) -> TokenizedSplit:

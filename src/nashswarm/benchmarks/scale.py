@@ -103,7 +103,7 @@ class Stages:
     model: Model
     ratio: Mapping[str, float]
     text: Text = field(default_factory=Text)
-    crews: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # workers, all on one machine: see `shares`
+    crews: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # threads on one machine: see `shares`
 
     def phases(self, stage: str, method: str, workers: int) -> list[Phase]:
         """Of a stage with so many workers: members and shares of the text follow their number."""
@@ -174,8 +174,9 @@ class Stages:
             return self.prices.seconds("pack", method, label, "gap", at)
 
         def crew(label: str, part: str, at: At) -> float:
-            """Share of a thread's time that a crew takes."""
-            return self.crews[workers].get(f"{method} {label} {part} {at.role}", 1.0) if self.crews else 1.0
+            """Share of a thread's time that a crew takes: the largest that was timed, of no more than all cores."""
+            timed = self.crews[max(n for n in self.crews if n <= workers)] if self.crews else {}
+            return timed.get(f"{method} {label} {part} {at.role}", 1.0)
 
         def call(label: str, at: At) -> Phase:
             """Of all members; each computes its batches."""
@@ -184,12 +185,12 @@ class Stages:
             return Phase([replace(one, seconds=one.seconds * size, returned=back)] * members, gap(label, at))
 
         def matrix(role: str, first: bool) -> list[Phase]:
-            at = At(self.model, role, PASS, first)
+            at = At(self.model, role, PASS)
             rounding = self._task("pack", method, "_encode", at, chained=True)
             rounding = replace(rounding, seconds=crew("_encode", "seconds", at) * rounding.seconds)
             if role in TABLES:
                 return [Phase(gap=gap("about", at)), Phase([rounding]), call("put", at)]
-            enter = call("about", at) if role == FIRST else Phase(gap=gap("about", at))
+            enter = call("about", replace(at, first=first)) if role == FIRST else Phase(gap=gap("about", at))
             adding = self.prices.seconds("pack", method, "add", "seconds", at) * crew("add", "seconds", at)
             # A batch was added where corrections were recorded.
             correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - 1) * adding

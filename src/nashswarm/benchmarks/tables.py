@@ -45,7 +45,8 @@ def _speed_ups(document: Mapping[str, Any]) -> str:
         own = keyed[LARGEST][place]
         moved = f"{own['moved_gb']:g}" if "moved_gb" in own else NONE
         cells = [*place, f"{own['seconds']:.0f}", *(f"{own['speed_up'][n]:.1f}" for n in SHOWN), moved]
-        return [*cells, *(f"{keyed[name][place]['speed_up']['16']:.1f}" for name in others)]
+        small = (keyed[name].get(place) for name in others)
+        return [*cells, *(f"{other['speed_up']['16']:.1f}" if other else NONE for other in small)]
 
     return _table(head, map(row, keyed[LARGEST]))
 

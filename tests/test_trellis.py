@@ -281,6 +281,34 @@ def test_the_kernel_is_plain_python_too(interact, monkeypatch):
     assert all(map(np.array_equal, compiled, roundings(targets, steps, 4, spread)))
 
 
+def pieces_of(fresh):
+    return trellis.Pieces(edges_of(0, 10, 33, 40), np.array(fresh))
+
+
+@pytest.mark.parametrize("interact", [False, True])
+@pytest.mark.parametrize("fresh", [(True, False, True), (False, False, False)])
+def test_pieces_of_one_call_are_calls_one_after_the_other(interact, fresh):
+    rng, found = np.random.default_rng(12), trellis.machine(8)
+    values, handed = (rng.normal(0, 2, (5, 40)).astype(np.float32) for _ in range(2))
+    rows, columns = (np.exp2(rng.normal(0, 0.3, n)).astype(np.float32) for n in (40, 5))
+    factor, spread = np.eye(5, dtype=np.float32) + upper(rng, 5), upper(rng, 40) if interact else upper(rng, 0)
+    whole = Patch(np.arange(5), np.arange(40), 0, values.copy(), handed.copy(), factor, spread)
+    states, apart = (np.full(5, 3, np.uint8) for _ in range(2))
+    codes, pieces = trellis.round_patch(whole, rows, columns, states, found, pieces_of(fresh)), pieces_of(fresh)
+    for number, (first, last) in enumerate(itertools.pairwise(pieces.edges)):
+        if pieces.fresh[number]:
+            apart[:] = trellis.START
+        own, taken = values[:, first:last].copy(), handed[:, first:last].copy()
+        near = np.ascontiguousarray(spread[first:last, first:last])
+        patch = Patch(np.arange(5), np.arange(first, last), 0, own, taken, factor, near)
+        assert np.array_equal(trellis.round_patch(patch, rows[first:last], columns, apart, found), codes[:, first:last])
+        if interact:
+            handed[:, last:] += taken @ spread[first:last, last:]
+        np.testing.assert_allclose(whole.values[:, first:last], own, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(whole.handed[:, first:last], taken, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(states, apart)
+
+
 def test_quantizers_read_escapes_as_odd():
     """Whatever an escape's value is, the states after it are those after 61."""
     machine, rng = trellis.machine(8), np.random.default_rng(11)

@@ -6,7 +6,7 @@
     predict   fit the cost model, simulate schedules, predict; seconds
     show      the tables of docs/scale.md
 
-Each keeps what the others found. `make scale` runs them all.
+Each keeps what the others found. `make scale` runs all but crews.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from nashswarm.benchmarks.scale import PLACES
 TERMS = {"products": "a", "interaction": "b", "weights": "c", "bytes": "d", "fixed": "fixed, s"}
 SHOWN = ("2", "4", "8", "16")
 NONE = "–"
-CREWED = {"_encode": "rounding", "correct": "correction", "add": "a batch's sums"}
+AWAITED = {"_encode": "rounding", "correct": "correction", "add": "a batch's sums"}
 LARGEST = "gpt2-xl"  # of those that were measured
 MODELS = ("reference", "gpt2", "gpt2-medium", "gpt2-xl", "7B", "70B", "1T")
 PREDICTED = ("gpt2", "gpt2-xl", "7B", "70B", "1T")
@@ -133,7 +133,7 @@ def _crews(document: Mapping[str, Any]) -> str:
     def row(key: str) -> list[str]:
         method, label, _, role = key.split()
         seconds = crews[few][key]
-        return [method, CREWED[label], role, f"{seconds:.2f}", *(f"{seconds / crews[n][key]:.1f}" for n in more)]
+        return [method, AWAITED[label], role, f"{seconds:.2f}", *(f"{seconds / crews[n][key]:.1f}" for n in more)]
 
     head = ["method", "what", "matrix", f"s, {few} thread", *(f"{n} threads" for n in more)]
     return _table(head, map(row, sorted(crews[few])))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nashswarm.blocks import Blocks, replaced_blocks
 from nashswarm.models import load_original
-from nashswarm.propagation import Propagation
+from nashswarm.streams import Streams
 from nashswarm.types import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def test_a_pass_holds_at_least_one_window(quantizable: Models) -> None:
 @torch.no_grad()
 def test_blocks_run_alone_are_the_model(model: Model) -> None:
     """From the first block's input through all blocks, batch by batch, and through what follows them."""
-    walk = Propagation.prepare(original(model), model.index, IDS, 10**6, 4 * CONTEXT)
+    walk = Streams.prepare(original(model), model.index, IDS, 10**6, 4 * CONTEXT)
     expected = walk.model(walk.windows, use_cache=False).logits
     walk.start()
     for number, batch in enumerate(walk.batches()):

@@ -14,7 +14,9 @@ from conftest import CONTEXT, FAMILIES, VOCABULARY, Models
 from torch import Tensor
 
 from nashswarm.models import load_original
-from nashswarm.propagation import Aim, Propagation, Sums, products
+from nashswarm.propagation import Propagation
+from nashswarm.regression import Aim, Sums, products
+from nashswarm.streams import Streams
 from nashswarm.types import NashSwarmError, TensorSpec
 
 FREQUENCY = 1 / np.arange(4, VOCABULARY + 4)
@@ -29,8 +31,14 @@ def text(windows: int, seed: int) -> np.ndarray:
 TEXT, HELD_OUT = text(160, seed=1), text(40, seed=2)
 
 
+class Walk(Propagation):
+    """One whose streams are here."""
+
+    streams: Streams
+
+
 @pytest.fixture
-def walk_of(quantizable: Models) -> Callable[..., Propagation]:
+def walk_of(quantizable: Models) -> Callable[..., Walk]:
     """(family, ids=..., batch_tokens=...) -> a walk over a fresh copy of that tiny model."""
 
     def make(
@@ -42,16 +50,16 @@ def walk_of(quantizable: Models) -> Callable[..., Propagation]:
         model = quantizable(family)
         loaded = load_original(model.checkpoint.directory, model.index)
         edit(loaded)
-        walk = Propagation.prepare(loaded, model.index, ids, 10**9, batch_tokens)
-        walk.start()
-        return walk
+        streams = Streams.prepare(loaded, model.index, ids, 10**9, batch_tokens)
+        streams.start()
+        return Walk(streams)
 
     return make
 
 
-def weight_of(walk: Propagation, tensor: TensorSpec) -> Tensor:
+def weight_of(walk: Walk, tensor: TensorSpec) -> Tensor:
     """As the model holds it now, canonical, a copy."""
-    weight = walk.model.get_parameter(tensor.name).detach()
+    weight = walk.streams.model.get_parameter(tensor.name).detach()
     return (weight.T if tensor.kind == "conv1d" else weight).clone()
 
 
@@ -61,7 +69,7 @@ def coarse(weight: Tensor, step: float = 0.6) -> Tensor:
     return (weight / width).round() * width
 
 
-def take(walk: Propagation, tensor: TensorSpec, rounding: Callable[[Tensor], Tensor]) -> Aim:
+def take(walk: Walk, tensor: TensorSpec, rounding: Callable[[Tensor], Tensor]) -> Aim:
     """Aim, round and settle one matrix."""
     aim = walk.aim(tensor, weight_of(walk, tensor))
     walk.settle(tensor, rounding(aim.weight))
@@ -72,31 +80,31 @@ def exact(weight: Tensor) -> Tensor:
     return weight
 
 
-def biases(walk: Propagation) -> dict[str, Tensor]:
-    return {v.name: walk.model.get_parameter(v.name).detach().clone() for v in walk.index.vectors}
+def biases(walk: Walk) -> dict[str, Tensor]:
+    return {v.name: walk.streams.model.get_parameter(v.name).detach().clone() for v in walk.streams.index.vectors}
 
 
 @torch.no_grad()
-def final_states(walk: Propagation, ids: np.ndarray) -> Tensor:
+def final_states(walk: Walk, ids: np.ndarray) -> Tensor:
     windows = torch.from_numpy(ids.astype(np.int64)).view(-1, CONTEXT)
-    found: Tensor = walk.model.base_model(windows, use_cache=False).last_hidden_state
+    found: Tensor = walk.streams.model.base_model(windows, use_cache=False).last_hidden_state
     return found
 
 
 @torch.no_grad()
-def inputs_of(walk: Propagation, tensor: TensorSpec) -> Tensor:
+def inputs_of(walk: Walk, tensor: TensorSpec) -> Tensor:
     """What a matrix really gets on the calibration text in the model as it is now, float64 [tokens, in]."""
-    module, found = walk.model.get_submodule(tensor.name.rpartition(".")[0]), []
+    module, found = walk.streams.model.get_submodule(tensor.name.rpartition(".")[0]), []
     if tensor.layer is None:
-        module = walk.model.get_output_embeddings()
+        module = walk.streams.model.get_output_embeddings()
     handle = module.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0].flatten(0, -2)))
-    walk.model(walk.windows, use_cache=False)
+    walk.streams.model(walk.streams.windows, use_cache=False)
     handle.remove()
     return torch.cat(found).double()
 
 
-def has_bias(walk: Propagation, tensor: TensorSpec) -> bool:
-    return getattr(walk.model.get_submodule(tensor.name.rpartition(".")[0]), "bias", None) is not None
+def has_bias(walk: Walk, tensor: TensorSpec) -> bool:
+    return getattr(walk.streams.model.get_submodule(tensor.name.rpartition(".")[0]), "bias", None) is not None
 
 
 # --- the order of things -------------------------------------------------------------------------------------------
@@ -123,19 +131,19 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matrices_come_as_the_model_runs_them(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_matrices_come_as_the_model_runs_them(family: str, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of(family)
     first, block, last = ORDERS[family]
-    middle = [name.format(layer) for layer in range(walk.index.layers) for name in block]
+    middle = [name.format(layer) for layer in range(walk.streams.index.layers) for name in block]
     assert [t.name for t in walk.order()] == [*first, *middle, *last]
-    assert sorted(t.name for t in walk.order()) == sorted(t.name for t in walk.index.tensors)
+    assert sorted(t.name for t in walk.order()) == sorted(t.name for t in walk.streams.index.tensors)
 
 
 # --- nothing lost, nothing to make up for --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_behind_the_original_every_matrix_aims_at_itself(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_behind_the_original_every_matrix_aims_at_itself(family: str, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of(family)
     before, states = biases(walk), final_states(walk, HELD_OUT)
     for tensor in walk.order():
@@ -147,7 +155,7 @@ def test_behind_the_original_every_matrix_aims_at_itself(family: str, walk_of: C
     torch.testing.assert_close(final_states(walk, HELD_OUT), states, rtol=1e-3, atol=1e-3)
 
 
-def test_tables_aim_at_themselves_whatever_came_before(walk_of: Callable[..., Propagation]) -> None:
+def test_tables_aim_at_themselves_whatever_came_before(walk_of: Callable[..., Walk]) -> None:
     walk = walk_of("gpt2")
     for tensor in walk.order()[:2]:
         weight = weight_of(walk, tensor)
@@ -160,7 +168,7 @@ def test_tables_aim_at_themselves_whatever_came_before(walk_of: Callable[..., Pr
 
 
 def errors_after(
-    make: Callable[..., Propagation], family: str, rounding: Callable[[TensorSpec], Callable[[Tensor], Tensor]]
+    make: Callable[..., Walk], family: str, rounding: Callable[[TensorSpec], Callable[[Tensor], Tensor]]
 ) -> dict[str, list[float]]:
     """Mean squared errors of final hidden states on calibration and on other text: with aims, and without."""
     found: dict[str, list[float]] = {}
@@ -180,7 +188,7 @@ def errors_after(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_left_exact_makes_up_for_what_was_rounded(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_what_is_left_exact_makes_up_for_what_was_rounded(family: str, walk_of: Callable[..., Walk]) -> None:
     """Embeddings and the first block are coarse, the second block is free: its outputs come nearer, on any text."""
     found = errors_after(walk_of, family, lambda t: exact if t.layer == 1 else coarse)
     for aimed, plain in zip(found["aimed"], found["plain"], strict=True):
@@ -188,14 +196,14 @@ def test_what_is_left_exact_makes_up_for_what_was_rounded(family: str, walk_of: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_aims_pay_where_every_matrix_is_coarse(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_aims_pay_where_every_matrix_is_coarse(family: str, walk_of: Callable[..., Walk]) -> None:
     found = errors_after(walk_of, family, lambda _: coarse)
     for aimed, plain in zip(found["aimed"], found["plain"], strict=True):
         assert aimed < plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_blocks_output_comes_nearer(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_a_blocks_output_comes_nearer(family: str, walk_of: Callable[..., Walk]) -> None:
     """The last matrix of the first block, alone, behind coarse ones: what it writes is what the stream lacked."""
     errors = []
     for aimed in (True, False):
@@ -208,8 +216,8 @@ def test_a_blocks_output_comes_nearer(family: str, walk_of: Callable[..., Propag
             take(walk, last, exact)
         else:
             walk.aim(inside[0], weight_of(walk, inside[0]))  # enters the block, nothing else
-        outputs = [walk.run(0, n, hidden) for n, hidden in enumerate(walk.embedded())]
-        errors.append(sum(float((a - b).square().mean()) for a, b in zip(outputs, walk._outputs, strict=True)))
+        outputs = [walk.streams.run(0, n, hidden) for n, hidden in enumerate(walk.streams.embedded())]
+        errors.append(sum(float((a - b).square().mean()) for a, b in zip(outputs, walk.streams._outputs, strict=True)))
     assert errors[0] < 0.9 * errors[1]
 
 
@@ -217,7 +225,7 @@ def test_a_blocks_output_comes_nearer(family: str, walk_of: Callable[..., Propag
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_a_modules_own_bias_moves(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_only_a_modules_own_bias_moves(family: str, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of(family)
     for tensor in walk.order():
         before = biases(walk)
@@ -228,7 +236,7 @@ def test_only_a_modules_own_bias_moves(family: str, walk_of: Callable[..., Propa
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_a_bias_takes_up_the_mean_of_the_rounding_error(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_a_bias_takes_up_the_mean_of_the_rounding_error(family: str, walk_of: Callable[..., Walk]) -> None:
     """Over the calibration text the rounded module's mean output is what the aimed one's would have been."""
     walk = walk_of(family)
     for tensor in walk.order():
@@ -237,7 +245,7 @@ def test_a_bias_takes_up_the_mean_of_the_rounding_error(family: str, walk_of: Ca
             walk.settle(tensor, coarse(weight))
             continue
         aim = walk.aim(tensor, weight)
-        bias = walk.model.get_parameter(tensor.name.removesuffix("weight") + "bias")
+        bias = walk.streams.model.get_parameter(tensor.name.removesuffix("weight") + "bias")
         shifted = bias + walk._corrections[tensor.name].shift
         wanted = inputs_of(walk, tensor).mean(0) @ aim.weight.double().T + shifted.double()
         walk.settle(tensor, coarse(aim.weight))
@@ -248,7 +256,7 @@ def test_a_bias_takes_up_the_mean_of_the_rounding_error(family: str, walk_of: Ca
 @pytest.mark.parametrize("batch_tokens", [CONTEXT, 7 * CONTEXT, 10**6])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_second_moments_are_of_the_inputs_behind_the_quantized_prefix(
-    family: str, batch_tokens: int, walk_of: Callable[..., Propagation]
+    family: str, batch_tokens: int, walk_of: Callable[..., Walk]
 ) -> None:
     """About the mean where a bias can follow."""
     walk = walk_of(family, TEXT[: 20 * CONTEXT], batch_tokens)
@@ -267,7 +275,7 @@ def test_second_moments_are_of_the_inputs_behind_the_quantized_prefix(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batches_do_not_matter(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_batches_do_not_matter(family: str, walk_of: Callable[..., Walk]) -> None:
     """Not even to cross-validation: folds are every other window, wherever batches end."""
     runs = []
     for windows in (1, 3, 12):
@@ -288,7 +296,7 @@ def sums_of(x: Tensor, original: Tensor, lacking: Tensor | None, weight: Tensor)
     sums = Sums()
     for fold in (0, 1):
         rest = None if lacking is None else lacking[fold::2]
-        sums.add([(fold, products(x[fold::2], original[fold::2], rest, weight))])
+        sums.add((fold, products(x[fold::2], original[fold::2], rest, weight)))
     return sums
 
 
@@ -321,7 +329,7 @@ def test_inputs_that_only_shrank_are_stretched() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_window_is_enough_to_run(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_one_window_is_enough_to_run(family: str, walk_of: Callable[..., Walk]) -> None:
     """No second fold, so no cross-validation: the middle ridge."""
     walk = walk_of(family, TEXT[:CONTEXT])
     for tensor in walk.order():
@@ -357,7 +365,7 @@ def scale_block(model: Any) -> None:
 
 
 def test_a_block_that_is_no_sum_of_its_parts_only_lacks_the_streams_term(
-    walk_of: Callable[..., Propagation], caplog: pytest.LogCaptureFixture
+    walk_of: Callable[..., Walk], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nashswarm")
     walk = walk_of("gpt2", edit=scale_block)
@@ -368,14 +376,14 @@ def test_a_block_that_is_no_sum_of_its_parts_only_lacks_the_streams_term(
         if tensor.layer is not None:
             assert not torch.equal(aim.weight, weight)  # inputs are still made up for
             assert aim.second_moment is not None
-            assert bool(walk._streams) == (tensor.layer == 1)
+            assert bool(walk.streams._streams) == (tensor.layer == 1)
     assert [r.message for r in caplog.records] == [
         "block 0 is not the sum of its parts; its residual stream is not corrected"
     ]
     assert len(inside) == 8
 
 
-def test_exact_blocks_that_are_no_sums_stay_as_they_are(walk_of: Callable[..., Propagation]) -> None:
+def test_exact_blocks_that_are_no_sums_stay_as_they_are(walk_of: Callable[..., Walk]) -> None:
     walk = walk_of("gpt2", edit=scale_block)
     for tensor in walk.order():
         weight = weight_of(walk, tensor)
@@ -398,11 +406,11 @@ def route(model: Any, chosen: Callable[[Tensor], Tensor]) -> None:
     mlp.forward = routed
 
 
-def routed_names(walk: Propagation) -> set[str]:
+def routed_names(walk: Walk) -> set[str]:
     return {t.name for t in walk.order() if t.layer == 0 and "mlp" in t.name}
 
 
-def check_left_alone(walk: Propagation) -> None:
+def check_left_alone(walk: Walk) -> None:
     for tensor in walk.order():
         weight = weight_of(walk, tensor)
         aim = take(walk, tensor, coarse)
@@ -411,26 +419,26 @@ def check_left_alone(walk: Propagation) -> None:
         assert torch.equal(aim.weight, weight) == alone, tensor.name
 
 
-def test_routed_experts_are_left_alone(walk_of: Callable[..., Propagation]) -> None:
+def test_routed_experts_are_left_alone(walk_of: Callable[..., Walk]) -> None:
     check_left_alone(walk_of("llama", edit=lambda model: route(model, lambda x: x[:, 0] > 0)))
 
 
-def test_an_expert_that_nothing_reaches_any_more_is_left_alone(walk_of: Callable[..., Propagation]) -> None:
+def test_an_expert_that_nothing_reaches_any_more_is_left_alone(walk_of: Callable[..., Walk]) -> None:
     """All tokens come to it in the original, none once the embeddings are quantized."""
     reached = [True]
     walk = walk_of("llama", edit=lambda model: route(model, lambda x: torch.full((len(x),), reached[0])))
     tensors = walk.order()
     take(walk, tensors[0], coarse)
-    walk._enter(0)
+    walk.streams._enter(0)
     reached[0] = False
     for tensor in (t for t in tensors if t.layer == 0):
         aim = take(walk, tensor, coarse)
         assert (aim.second_moment is None) == (tensor.name in routed_names(walk)), tensor.name
 
 
-def test_an_expert_that_nothing_reached_is_still_quantized(walk_of: Callable[..., Propagation]) -> None:
+def test_an_expert_that_nothing_reached_is_still_quantized(walk_of: Callable[..., Walk]) -> None:
     walk = walk_of("llama", edit=lambda model: route(model, lambda x: torch.zeros(len(x), dtype=torch.bool)))
-    assert sorted(t.name for t in walk.order()) == sorted(t.name for t in walk.index.tensors)
+    assert sorted(t.name for t in walk.order()) == sorted(t.name for t in walk.streams.index.tensors)
     check_left_alone(walk)
 
 
@@ -438,7 +446,7 @@ def test_an_expert_that_nothing_reached_is_still_quantized(walk_of: Callable[...
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_are_those_of_the_model_as_it_is_now(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_vectors_are_those_of_the_model_as_it_is_now(family: str, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of(family)
     for tensor in walk.order():
         take(walk, tensor, coarse)
@@ -448,31 +456,31 @@ def test_vectors_are_those_of_the_model_as_it_is_now(family: str, walk_of: Calla
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_correction_out_of_all_bounds_is_refused(bad: float, walk_of: Callable[..., Propagation]) -> None:
+def test_a_correction_out_of_all_bounds_is_refused(bad: float, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of("gpt2")
     name = "transformer.h.1.mlp.c_proj.bias"
-    walk.model.get_parameter(name).data[3] = bad
+    walk.streams.model.get_parameter(name).data[3] = bad
     with pytest.raises(NashSwarmError, match=f"^{name}: its correction is not finite; set prefix_tokens: 0"):
         walk.vector(name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_originals_activations_of_one_block_are_kept(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_the_originals_activations_of_one_block_are_kept(family: str, walk_of: Callable[..., Walk]) -> None:
     walk = walk_of(family)
     for tensor in walk.order():
         take(walk, tensor, coarse)
         if tensor.kind == "embedding":
-            assert not walk._inputs
+            assert not walk.streams._inputs
             continue
-        here = {t.name for t in walk.index.tensors if t.layer == tensor.layer and t.kind != "embedding"}
-        assert set(walk._inputs) == here
-        assert set(walk._streams) <= here
-        assert len(walk.original) == len(walk.quantized) == len(walk.batches())
-        assert len(walk._outputs) == (0 if tensor.layer is None else len(walk.batches()))
+        here = {t.name for t in walk.streams.index.tensors if t.layer == tensor.layer and t.kind != "embedding"}
+        assert set(walk.streams._inputs) == here
+        assert set(walk.streams._streams) <= here
+        assert len(walk.streams.original) == len(walk.streams.quantized) == len(walk.streams.batches())
+        assert len(walk.streams._outputs) == (0 if tensor.layer is None else len(walk.streams.batches()))
     assert not walk._corrections
 
 
-def test_queries_keys_and_values_share_their_sums(walk_of: Callable[..., Propagation]) -> None:
+def test_queries_keys_and_values_share_their_sums(walk_of: Callable[..., Walk]) -> None:
     walk = walk_of("llama")
     found = {}
     for tensor in walk.order():
@@ -484,7 +492,7 @@ def test_queries_keys_and_values_share_their_sums(walk_of: Callable[..., Propaga
         assert len({id(found[m, layer]) for m in ("q_proj", "o_proj", "gate_proj", "down_proj")}) == 4
 
 
-def test_the_same_text_gives_the_same_aims(walk_of: Callable[..., Propagation]) -> None:
+def test_the_same_text_gives_the_same_aims(walk_of: Callable[..., Walk]) -> None:
     runs = []
     for _ in range(2):
         walk = walk_of("opt")
@@ -493,39 +501,39 @@ def test_the_same_text_gives_the_same_aims(walk_of: Callable[..., Propagation]) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_changes_a_walk_is_enough_to_make_it_anew(family: str, walk_of: Callable[..., Propagation]) -> None:
+def test_what_changes_a_walk_is_enough_to_make_it_anew(family: str, walk_of: Callable[..., Walk]) -> None:
     """As where a worker is lost: nothing was asked of its successor in between (`engine.Member`)."""
-    walk, changes = walk_of(family), list[Callable[[Propagation], object]]()
+    walk, changes = walk_of(family), list[Callable[[Streams], object]]()
     for tensor in walk.order():
         weight, moved = weight_of(walk, tensor), None
-        if walk.reaches(tensor):
-            sums, successor = Sums(), walk_of(family)
+        if walk.streams.reaches(tensor):
+            sums, successor = Sums(), walk_of(family).streams
             for change in changes:
                 change(successor)
-            for one, other in zip(walk.compare(tensor), successor.compare(tensor), strict=True):
+            for one, other in zip(walk.streams.compare(tensor), successor.compare(tensor), strict=True):
                 assert one is not None
                 assert other is not None
                 assert one[0] == other[0]
                 assert all(torch.equal(one[1][key], other[1][key]) for key in one[1])
-                sums.add([one])
-            correction = sums.correction(weight, walk.has_bias(tensor))
+                sums.add(one)
+            correction = sums.correction(weight, has_bias(walk, tensor))
             moved, weight = correction.moved(coarse(correction.aim.weight)), correction.aim.weight
-        changes.append(partial(Propagation.put, tensor=tensor, weight=coarse(weight), moved=moved))
-        changes[-1](walk)
+        changes.append(partial(Streams.put, tensor=tensor, weight=coarse(weight), moved=moved))
+        changes[-1](walk.streams)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_remembered_outputs_are_those_that_would_be_computed(
-    family: str, walk_of: Callable[..., Propagation], monkeypatch: pytest.MonkeyPatch
+    family: str, walk_of: Callable[..., Walk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembering, forgetful = walk_of(family), walk_of(family)
-    monkeypatch.setattr(forgetful, "_once", set())
+    monkeypatch.setattr(forgetful.streams, "_once", set())
     calls = {id(walk): 0 for walk in (remembering, forgetful)}
     for walk in (remembering, forgetful):
-        for module in map(walk.model.get_submodule, (n.rpartition(".")[0] for n in walk.sequence)):
+        for module in map(walk.streams.model.get_submodule, (n.rpartition(".")[0] for n in walk.streams.sequence)):
             forward = module.forward
 
-            def counted(*arguments: Any, own: Any = forward, walk: Propagation = walk) -> Any:
+            def counted(*arguments: Any, own: Any = forward, walk: Walk = walk) -> Any:
                 calls[id(walk)] += 1
                 return own(*arguments)
 
@@ -533,6 +541,6 @@ def test_remembered_outputs_are_those_that_would_be_computed(
     for tensor in remembering.order():
         one, other = (take(walk, tensor, coarse) for walk in (remembering, forgetful))
         assert torch.equal(one.weight, other.weight), tensor.name
-    for vector in remembering.index.vectors:
+    for vector in remembering.streams.index.vectors:
         assert np.array_equal(remembering.vector(vector.name), forgetful.vector(vector.name)), vector.name
     assert calls[id(remembering)] < 0.8 * calls[id(forgetful)]

@@ -18,6 +18,7 @@ from nashswarm.models import BlockWeights, fuse, load_original, load_streamed
 from nashswarm.propagation import Propagation
 from nashswarm.quantize import Model
 from nashswarm.statistics import gather
+from nashswarm.streams import Streams
 
 PackedModels = Callable[[str, str], Packed]
 
@@ -100,9 +101,10 @@ def test_statistics_are_the_originals(family: str, quantizable: Models, most: Ca
 @pytest.mark.parametrize("family", FAMILIES)
 def test_aims_are_the_originals(family: str, quantizable: Models, most: Callable[[], int]) -> None:
     model = quantizable(family)
-    walks = [Propagation.prepare(loaded, model.index, IDS, 512, 128) for loaded in both(model)]
-    for walk in walks:
-        walk.start()
+    streams = [Streams.prepare(loaded, model.index, IDS, 512, 128) for loaded in both(model)]
+    for own in streams:
+        own.start()
+    walks = [Propagation(own) for own in streams]
     for tensor in walks[0].order():
         weight = model.checkpoint.tensor(tensor)
         aims = [walk.aim(tensor, weight) for walk in walks]

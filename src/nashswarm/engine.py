@@ -336,7 +336,8 @@ class _Host:
         self.lazy = _Lazy(make)  # made by the first call, which can hand on what is raised
 
     def open(self) -> None:
-        """Make it, so that members are made at the same time; what is raised, the first call raises again."""
+        """Make it, anew if it was made; what is raised, the first call raises again."""
+        self.lazy = _Lazy(self.lazy.make)
         with suppress(Exception):
             self.lazy.made  # noqa: B018
 
@@ -355,7 +356,12 @@ class Member:
     _host: Any = None
 
     def __post_init__(self) -> None:
-        self._start()
+        self._host = self._started()
+
+    def open(self) -> None:
+        """Make the object, anew if it was made: in the same process, beside other members', before further calls."""
+        self.calls = 0
+        self._host.open.remote()
 
     def submit(self, method: str, *arguments: Any) -> tuple[Any, str, tuple[Any, ...]]:
         """Begin a call; `result` waits for it."""
@@ -372,7 +378,7 @@ class Member:
                 if not left:
                     raise
                 logger.warning("a worker was lost; its %d finished steps are repeated on another", self.calls)
-                self._start()
+                self._recover()
                 reference = self._host.call.remote(method, *arguments)
         if lasting:
             (Path(self._kept.name) / str(self.calls)).write_bytes(pickle.dumps((method, arguments)))
@@ -384,13 +390,16 @@ class Member:
         self.engine.ray.kill(self._host)
         self._kept.cleanup()
 
-    def _start(self) -> None:
-        ray = self.engine.ray
-        if self._host is not None:
-            ray.kill(self._host)
+    def _started(self) -> Any:
+        """A process for it."""
         # Beside tasks, not instead of them: it works only while it is called, and then no task runs.
         options = {"num_cpus": 0, "num_gpus": self.engine.gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        self._host = ray.remote(**options)(_Host).remote(self.engine.place, self.make)
+        return self.engine.ray.remote(**options)(_Host).remote(self.engine.place, self.make)
+
+    def _recover(self) -> None:
+        """All that lasts, in another process."""
+        self.engine.ray.kill(self._host)
+        self._host = self._started()
         self._host.open.remote()
         for number in range(self.calls):
             method, arguments = pickle.loads((Path(self._kept.name) / str(number)).read_bytes())

@@ -24,10 +24,12 @@ from nashswarm.console import quiet
 from nashswarm.engine import FARTHER, LOCAL, Engine, Ray
 from nashswarm.models import Checkpoint, load_original, load_streamed
 from nashswarm.packed import Provenance, write_packed
-from nashswarm.propagation import Aim, Propagation
+from nashswarm.propagation import Propagation
 from nashswarm.recipes import KEPT, method_document, method_files
+from nashswarm.regression import Aim
 from nashswarm.resume import BIAS, Finished, Miss, keep_misses, misses
-from nashswarm.sharding import ShardedPropagation
+from nashswarm.sharding import ShardedStreams
+from nashswarm.streams import Streams
 from nashswarm.tuning import Tuned, tune
 from nashswarm.types import (
     Allocation,
@@ -45,10 +47,10 @@ from nashswarm.types import (
 )
 
 BUYING_ROUNDS = 8
-PACKING_ROUNDS = 4
+PACKING_ROUNDS = 6
 CLOSE = 0.0005  # share of the budget that may stay unspent when bytes are bought
 SLACK = 0.001  # and when they are packed
-CAUTION = 4  # factor by which packing, from its third round on, aims lower and takes more slack: small models jump
+CAUTION = 4  # factor by which packing aims lower and takes more slack, from its third round on: small models jump
 NEAR = 0.03  # share of the budget within which sizes that were measured can be carried to other steps
 STEERING = 0.25  # octaves by which a packing may correct steps, beyond what the round before says of all of them
 # Share of the budget that the first round leaves to tuning, which widens codes: files grew by 0.08 to 0.13 % at 3.0
@@ -219,19 +221,19 @@ def pack(
     rounds = Rounds(asked or 0, expected, GROWTH * (asked or 0) if tuner else 0.0)
     for miss in missed:
         rounds.learn(miss)
-    while True:
-        with _walk(model, ids, tokens, engine) as walk:
-            course = Course(walk, allocation, reserve=rounds.reserve, taken=rounds.taken, tuner=tuner)
+    with _walks(model, ids, tokens, engine) as begin:
+        while True:
+            course = Course(begin(), allocation, reserve=rounds.reserve, taken=rounds.taken, tuner=tuner)
             _write(model, method, allocation, directory, course, progress, Finished(journal, rounds.number), engine)
-        bought = packed.file_bytes(directory)
-        if asked is None or not course.sizes or rounds.meets(bought, all_bought):
-            return
-        logger.info("%d bytes packed, %d asked%s", bought, asked, "" if rounds.last else ": once more")
-        if rounds.last:
-            break
-        missed.append(Miss(bought, sum(course.sizes.values()), course.taken_at_bought_steps()))
-        keep_misses(journal, missed)
-        rounds.learn(missed[-1])
+            bought = packed.file_bytes(directory)
+            if asked is None or not course.sizes or rounds.meets(bought, all_bought):
+                return
+            logger.info("%d bytes packed, %d asked%s", bought, asked, "" if rounds.last else ": once more")
+            if rounds.last:
+                break
+            missed.append(Miss(bought, sum(course.sizes.values()), course.taken_at_bought_steps()))
+            keep_misses(journal, missed)
+            rounds.learn(missed[-1])
     if bought > asked:
         artifacts.remove_directory(directory)
         raise NashSwarmError(f"methods.{method.name}.budget: {bought} bytes were packed, beyond {asked}; raise it")
@@ -269,7 +271,7 @@ class Rounds:
 
     @property
     def _ease(self) -> int:
-        return CAUTION ** max(self.number - 1, 0)  # type: ignore[no-any-return]
+        return CAUTION ** ((self.number > 1) + self.last)  # type: ignore[no-any-return]
 
 
 def encode(
@@ -435,21 +437,30 @@ class Plain:
 
 
 @contextmanager
-def _walk(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterator[Walk]:
-    """Behind the quantized prefix, or without `tokens` of one, every matrix by itself."""
+def _walks(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterator[Callable[[], Walk]]:
+    """What begins a walk, as often as needed: behind the quantized prefix, or without `tokens` of one, one by one."""
     load = partial(load_streamed, model.checkpoint.directory, model.index, device=engine.device)
     if not tokens:
-        yield Plain(model)
+        yield partial(Plain, model)
     elif isinstance(engine, Ray):
-        sharded = ShardedPropagation(engine, load, model.index, ids, tokens, PASS_TOKENS)
+        sharded = ShardedStreams(engine, load, model.index, ids, tokens, PASS_TOKENS)
+
+        def all_begin() -> Walk:
+            sharded.start()
+            return Propagation(sharded)
+
         try:
-            yield sharded
+            yield all_begin
         finally:
             sharded.close()
     else:
-        walk = Propagation.prepare(load(), model.index, ids, tokens, PASS_TOKENS)
-        walk.start()
-        yield walk
+
+        def begin() -> Walk:
+            streams = Streams.prepare(load(), model.index, ids, tokens, PASS_TOKENS)
+            streams.start()
+            return Propagation(streams)
+
+        yield begin
 
 
 @dataclasses.dataclass

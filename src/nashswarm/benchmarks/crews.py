@@ -15,7 +15,7 @@ from nashswarm import artifacts
 from nashswarm.benchmarks import workers
 from nashswarm.benchmarks.apart import alone
 from nashswarm.benchmarks.quantization import Shape, open_model, write_model
-from nashswarm.benchmarks.recording import METHODS, TINY, Recorder, packed_once, units
+from nashswarm.benchmarks.recording import METHODS, TINY, packed_once, units
 from nashswarm.benchmarks.workload import CHAINED
 from nashswarm.config import parse_method
 from nashswarm.engine import Local
@@ -57,8 +57,8 @@ def _pack(roots: tuple[Path, ...], name: str, count: int) -> dict[str, float]:
 
 
 def _calls(root: Path, name: str) -> Iterator[tuple[str, float]]:
-    model, method, engine = open_model(root), parse_method(name, METHODS[name]), Recorder(clock=time.perf_counter)
+    model, method = open_model(root), parse_method(name, METHODS[name])
     allocation = artifacts.read_allocation(workers.bits(root, name))
-    for unit in units(packed_once(model, method, allocation, root / name, engine)):
+    for unit in units(packed_once(model, method, allocation, root / name, time.perf_counter)):
         if (unit.label, unit.part) in ALONE:
             yield f"{name} {unit.label} {unit.part} {unit.at.role}", float(f"{unit.seconds:.4g}")

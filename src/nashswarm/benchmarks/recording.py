@@ -29,7 +29,7 @@ from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_m
 from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
 from nashswarm.folding import Folding, Here, Parts, Total
-from nashswarm.propagation import Sums
+from nashswarm.regression import Sums
 from nashswarm.types import Allocation, ModelIndex, Progress, TensorSpec, TokenizedSplit
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -40,7 +40,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "market-tiles-3_25": {"allocator": "market", "codec": "tiles", "columns": 64, "budget": 3.25},
     "market-coded-3_0": {"allocator": "market", "codec": "coded", "budget": 3.0},
 }  # fmt: skip
-SCORED, EVALUATED, PREFIX = 2 * BATCH, 2 * BATCH, PASS  # tokens
+SCORED, EVALUATED, PREFIX = 2 * BATCH, 2 * BATCH, 2 * PASS  # tokens; a prefix has two folds
 READING = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
 TINY = Shape(1, 128, 2, 300)  # what is run before anything is recorded: libraries, compiled code
 
@@ -149,16 +149,20 @@ class _Noted(Here):
 
 class _Here(Member):
     def __init__(self, engine: Recorder, make: Callable[[], Any]) -> None:
-        self.recorder, self.made = engine, engine.note("open", "", make)
+        self.recorder, self.make = engine, make
+
+    def open(self) -> None:
+        self.made = self.recorder.note("open", "", self.make)
 
     def submit(self, method: str, *arguments: Any) -> Any:
         work = partial(getattr(self.made, method), *arguments)
         found = self.recorder.note(method, _about(arguments), work, sent=nbytes(arguments))
         if method == "compare" and None not in found:
+            (only,) = found
             sums = Sums()
-            sums.add(found)
+            sums.add(only)
             self.recorder.last = self.recorder.clock()
-            self.recorder.note("add", _about(arguments), partial(sums.add, found))  # as of every batch but the first
+            self.recorder.note("add", _about(arguments), partial(sums.add, only))  # as of every batch but the first
         return found
 
     def result(self, submitted: Any, lasting: bool = False) -> Any:
@@ -240,7 +244,7 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
     index, engine = model.index, Recorder()
     allocation = quantize.allocate(model, method, quiet, engine)
     yield record_of("allocate", method.name, index, engine)
-    yield packed_once(model, method, allocation, target, Recorder())
+    yield packed_once(model, method, allocation, target)
     directory, ids = model.checkpoint.directory, random_text(index, EVALUATED)
     width = next(t.shape[1] for t in index.tensors if t.name == index.head)
     said = evaluation.Baseline(np.zeros((len(ids), width), np.float32), np.zeros(1))
@@ -252,10 +256,14 @@ def _stages(model: quantize.Model, method: Method, target: Path) -> Iterator[Rec
 
 
 def packed_once(
-    model: quantize.Model, method: Method, allocation: Allocation, target: Path, engine: Recorder
+    model: quantize.Model,
+    method: Method,
+    allocation: Allocation,
+    target: Path,
+    clock: Callable[[], float] = time.process_time,
 ) -> Record:
     """What an engine writes down of one round of packing, whatever it takes."""
-    once = dataclasses.replace(allocation, asked_bytes=None)
+    once, engine = dataclasses.replace(allocation, asked_bytes=None), Recorder(PREFIX // PASS, clock)
     quantize.pack(model, method, once, random_text(model.index, PREFIX), target, quiet, None, engine)
     return record_of("pack", method.name, model.index, engine)
 

@@ -16,6 +16,7 @@ from nashswarm import preflight
 from nashswarm.benchmarks.costs import Cost, Rates, fit
 from nashswarm.benchmarks.recording import METHODS, PREFIX, SCORED, Record, Unit, rounds, units
 from nashswarm.benchmarks.schedule import NONE, Network, Phase, Sum, Task, jobs, makespan, serial
+from nashswarm.benchmarks.workers import BEHIND
 from nashswarm.benchmarks.workload import (
     BATCH,
     CHAINED,
@@ -192,8 +193,8 @@ class Stages:
                 return [Phase(gap=gap("about", at)), Phase([rounding]), call("put", at)]
             enter = call("about", replace(at, first=first)) if role == FIRST else Phase(gap=gap("about", at))
             adding = self.prices.seconds("pack", method, "add", "seconds", at) * crew("add", "seconds", at)
-            # A batch was added where corrections were recorded.
-            correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - 1) * adding
+            # So many batches were added where corrections were recorded.
+            correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - PREFIX // PASS) * adding
             return [enter, call("compare", at), Phase([rounding], correcting), call("put", at)]
 
         places = [(role, False) for role in TABLES]
@@ -465,7 +466,7 @@ def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float
 
 def pair(prices: Prices, ratio: Mapping[str, float], network: Network) -> dict[str, float]:
     """Seconds of the stages that `workers` measures with two workers, by simulation; one round of packing."""
-    model, text = Model(2, 768, 4096), Text(4, dict.fromkeys(CHAINED, 2), 4)
+    model, text = Model(2, 768, 4096), Text(4, dict.fromkeys(CHAINED, BEHIND // PASS), 4)
     stages, cases = Stages(prices, model, ratio, text), (("score", "all"), ("evaluate", "gptq4-g128"))
     found = {f"{stage} 8192 tokens": stages.many(stage, method, 2, network) for stage, method in cases}
     found |= {f"pack {m}": stages.many("pack", m, 2, network) for m in ("gptq4-g128", "market-coded-3_0")}

@@ -32,7 +32,7 @@ SHAPE = Shape(2, 768, 12, 4096)
 DEEP = replace(SHAPE, layers=12)  # where two blocks are packed too soon to tell
 SCORED = 4 * BATCH  # tokens
 EVALUATED = (4 * BATCH, 32 * BATCH)  # tokens: each worker loads and decodes the model once, whatever they are
-PREFIX = 16384  # two passes: one for each worker
+BEHIND = 16384  # tokens of the prefix
 STORE = 4 << 30  # bytes of the object store
 PINGS = 200
 
@@ -97,11 +97,11 @@ def allocate(root: Path, name: str, engine: Engine) -> None:
 
 def pack(root: Path, name: str, engine: Engine) -> None:
     """Pack by a method, whose bits are decided once."""
-    model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is PREFIX by default
+    model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is BEHIND by default
     if not bits(root, name).exists():
         allocate(root, name, Local(2))
     allocation = artifacts.read_allocation(bits(root, name))
-    quantize.pack(model, method, allocation, random_text(model.index, PREFIX), root / name, quiet, None, engine)
+    quantize.pack(model, method, allocation, random_text(model.index, BEHIND), root / name, quiet, None, engine)
 
 
 def bits(root: Path, name: str) -> Path:

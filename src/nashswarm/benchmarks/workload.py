@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from nashswarm import entropy, rans
 from nashswarm.benchmarks.costs import Counts
-from nashswarm.propagation import JUDGED
+from nashswarm.regression import JUDGED, lower_size
 from nashswarm.statistics import cuts
 
 CONTEXT = 1024
@@ -168,7 +168,7 @@ def _compare(at: At) -> Counts:
         out, into = at.model.shape(INSIDE[place - 1])
         reach += 2.0 * t * out * into
     writer = at.role in WRITERS
-    own = 2.0 * t * at.into**2 + (4.0 * t * at.into * at.out if writer else 2.0 * t * at.into**2)
+    own = 2.0 * t * lower_size(at.into) + (4.0 * t * at.into * at.out if writer else 2.0 * t * at.into**2)
     return Counts(reach + own, bytes=4.0 * t * (STREAMS * d * (place > 0) + 4 * at.into))
 
 
@@ -279,8 +279,8 @@ def returned(label: str, at: At) -> float:
     if label == "_block.result":
         return 4 * MOMENTS * d**2
     if label == "compare":
-        rest = at.into * at.out + at.into + at.out if at.role in WRITERS else at.into**2 + 2 * at.into
-        return 2 * 4 * (at.into**2 + rest + 1)
+        rest = at.into * at.out + at.out if at.role in WRITERS else at.into**2 + at.into
+        return 4 * (lower_size(at.into) + at.into + rest + 1)
     if label == "put":
         return 4 * at.out * at.inside
     if label == "_encode":

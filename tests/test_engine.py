@@ -493,6 +493,17 @@ def test_lost_workers_change_nothing(
     survive(rounds, engine, quantizable("gpt2"), split("gpt2", seed=3).ids, params, expected, tmp_path)
 
 
+def test_a_member_that_is_opened_again_is_new_in_the_same_process(engine: Ray) -> None:
+    member = engine.member(Total)
+    begun = [member.result(member.submit("process"))]
+    assert member.result(member.submit("add", 7)) == 7
+    member.open()
+    assert member.result(member.submit("add", 1)) == 1
+    begun.append(member.result(member.submit("process")))
+    assert begun[0] == begun[1]
+    member.close()
+
+
 class Total:
     """Adds up; dies when it is told to."""
 
@@ -502,6 +513,9 @@ class Total:
     def add(self, number: int) -> int:
         self.value += number
         return self.value
+
+    def process(self) -> int:
+        return os.getpid()
 
     def die_once(self, flag: Path) -> int:
         if not flag.exists():
@@ -515,6 +529,9 @@ def test_a_lost_members_lasting_calls_are_repeated(engine: Ray, tmp_path: Path) 
     assert [member.result(member.submit("add", n), lasting=n < 3) for n in (1, 2, 3)] == [1, 3, 6]
     assert member.result(member.submit("die_once", tmp_path / "flag")) == 3  # what was not to last is gone
     assert member.result(member.submit("add", 4)) == 7
+    member.open()
+    assert member.result(member.submit("add", 5), lasting=True) == 5
+    assert member.result(member.submit("die_once", tmp_path / "another")) == 5  # nor is what came before it was opened
     directory = Path(member._kept.name)
     member.close()
     assert not directory.exists()

@@ -22,6 +22,7 @@ from nashswarm.corpora import TokenizedSplit
 from nashswarm.evaluation import (
     Losses,
     Original,
+    even_shares,
     measure,
     original_head,
     original_outputs,
@@ -47,6 +48,23 @@ def split_of(*texts: list[int], lengths: list[int] | None = None) -> TokenizedSp
     ids = np.concatenate([np.array(t, np.int32) for t in texts])
     ends = np.cumsum([len(t) for t in texts])
     return TokenizedSplit(ids, ids, ends, np.array(lengths or [99] * len(texts)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        ([8, 8, 8, 8, 1], 2, [2, 3]),
+        ([8, 8, 8, 8, 1], 1, [5]),
+        ([8] * 139, 16, [9, 8, 9] + [9, 9, 8] * 4 + [9]),
+        ([8, 8, 1], 8, [1, 1, 1]),
+        ([100, 1, 1, 1], 2, [1, 3]),
+        ([1, 1, 1, 100], 3, [3, 1]),
+    ],
+)
+def test_shares_of_the_text_are_much_the_same(sizes: list[int], count: int, expected: list[int]) -> None:
+    found = even_shares(sizes, count)
+    assert [i for own in found for i in range(len(sizes))[own]] == list(range(len(sizes)))
+    assert sorted(own.stop - own.start for own in found) == sorted(expected)
 
 
 def losses_of(mine: list[float], original: list[float], targets: list[int], **changes: Any) -> Losses:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from conftest import CONTEXT, FAMILIES, VOCABULARY, Models
 from torch import Tensor
 
+from nashswarm import streams
+from nashswarm.blocks import batches_of
 from nashswarm.models import load_original
 from nashswarm.propagation import Propagation
-from nashswarm.regression import Aim, Sums, products
+from nashswarm.regression import EDGE, Aim, Sums, lower, lower_size, products, square
 from nashswarm.streams import Streams
 from nashswarm.types import NashSwarmError, TensorSpec
 
@@ -50,9 +53,9 @@ def walk_of(quantizable: Models) -> Callable[..., Walk]:
         model = quantizable(family)
         loaded = load_original(model.checkpoint.directory, model.index)
         edit(loaded)
-        streams = Streams.prepare(loaded, model.index, ids, 10**9, batch_tokens)
-        streams.start()
-        return Walk(streams)
+        made = Streams.prepare(loaded, model.index, ids, 10**9, batch_tokens)
+        made.start()
+        return Walk(made)
 
     return make
 
@@ -286,6 +289,52 @@ def test_batches_do_not_matter(family: str, walk_of: Callable[..., Walk]) -> Non
         runs.append(walk.aim(rest, weight_of(walk, rest)).weight)
     for other in runs[1:]:
         torch.testing.assert_close(other, runs[0], rtol=1e-3, atol=1e-4)
+
+
+# --- folds and sums ---------------------------------------------------------------------------------------------------
+
+
+def folds_of(streams: Streams) -> list[int]:
+    """Of every window."""
+    found = [torch.full((len(hidden),), -1) for hidden in streams.original]
+    for number, own in enumerate(found):
+        for fold, windows in streams._folds(number):
+            own[windows] = fold
+    return torch.cat(found).tolist()
+
+
+@pytest.mark.parametrize("batch_tokens", [CONTEXT, 3 * CONTEXT, 10**6])
+def test_folds_are_runs_of_text_in_turn(
+    batch_tokens: int, walk_of: Callable[..., Walk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "FOLDED", 4 * CONTEXT)
+    whole = walk_of("gpt2", TEXT[: 10 * CONTEXT], batch_tokens).streams
+    assert folds_of(whole) == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+    assert folds_of(walk_of("gpt2", TEXT[: 3 * CONTEXT], batch_tokens).streams) == [0, 1, 0]  # half of all, at most
+    assert folds_of(walk_of("gpt2", TEXT[:CONTEXT], batch_tokens).streams) == [0]
+
+
+@pytest.mark.parametrize("batch_tokens", [CONTEXT, 3 * CONTEXT])
+def test_a_part_of_the_windows_is_of_the_same_folds(batch_tokens: int, walk_of: Callable[..., Walk]) -> None:
+    whole = walk_of("gpt2", TEXT[: 13 * CONTEXT], batch_tokens).streams
+    parts = []
+    for own in batches_of(len(whole.batches()), 2):
+        batches = whole.batches()[own]
+        part = replace(whole, windows=whole.windows[batches[0].start : batches[-1].stop], first=own.start)
+        part.start()
+        parts += folds_of(part)
+    assert parts == folds_of(whole)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_a_moment_is_the_square_of_its_lower_part(size: int) -> None:
+    x = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    flat = lower(x)
+    assert flat.shape == (lower_size(size),)
+    assert len(flat) <= size * (size + EDGE) / 2
+    found = square(flat, size)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, found.T, rtol=1e-6, atol=1e-5)
 
 
 # --- how much is believed ------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ than logits, from which the head makes the logits again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nashswarm.blocks import batches_of, outputs_by_block
+from nashswarm.blocks import outputs_by_block
 from nashswarm.config import Evaluation, PaperProtocol
 from nashswarm.console import quiet
 from nashswarm.devices import resolve, wide
@@ -237,17 +238,25 @@ def _compared(reader: _Reader, own: slice, progress: Progress) -> _Compared:
 
 
 def _spread(function: Callable[..., Any], shared: Any, engine: Engine, progress: Progress) -> Iterator[Any]:
-    """A share of the batches for each worker; one worker shows how far it is itself."""
-    (count,) = engine.map(_count, shared, [()])
-    shares = batches_of(count, -(-count // engine.slots))
+    """A share of the text for each worker; one worker shows how far it is itself."""
+    (tokens,) = engine.map(_tokens, shared, [()])
+    shares = even_shares(tokens, engine.slots)
     if len(shares) == 1:
         return engine.map(function, shared, [(shares[0], progress)])
     found = engine.map(function, shared, ((own, quiet) for own in shares))
     return (part for _, part in zip(progress(shares, "shares of the text"), found, strict=True))
 
 
-def _count(reader: _Reader) -> int:
-    return len(reader.batches)
+def _tokens(reader: _Reader) -> list[int]:
+    """Of each batch."""
+    return [batch["input_ids"].numel() for batch in reader.batches]
+
+
+def even_shares(sizes: Sequence[int], count: int) -> list[slice]:
+    """At most `count` runs of items, next to each other, whose sizes add up to much the same: none is empty."""
+    middles = np.cumsum(sizes) - np.array(sizes) / 2
+    edges = np.searchsorted(middles, np.arange(count + 1) * sum(sizes) / count).tolist()
+    return [slice(first, last) for first, last in pairwise(edges) if first < last]
 
 
 def _window_batches(ids: np.ndarray, context: int, batch_tokens: int) -> list[dict[str, Tensor]]:

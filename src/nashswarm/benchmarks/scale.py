@@ -36,6 +36,7 @@ from nashswarm.benchmarks.workload import (
 )
 from nashswarm.config import Scoring, parse_method
 from nashswarm.engine import FARTHER
+from nashswarm.evaluation import even_shares
 from nashswarm.types import ModelIndex, TensorSpec
 
 WORKERS = (1, 2, 4, 8, 16)
@@ -209,8 +210,7 @@ class Stages:
             self.prices.seconds("evaluate", method, part, "seconds", at) for part in ("start", "decode", "batch")
         )
         count = self.text.evaluate
-        size = -(-count // min(workers, count))
-        shares = [size] * (count // size) + [count % size] * (count % size > 0)
+        shares = [own.stop - own.start for own in even_shares([at.tokens] * count, workers)]
         return Phase([Task(decode + n * batch, returned=4.0 * n * at.tokens) for n in shares], start=start)
 
     # --- what comes of them ----------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def test_workers_on_one_machine_share_its_cores(records: list[recording.Record])
         for key, value in scale.noted(found).items():
             document.setdefault(key, {}).update(value)
     prices = scale.Prices.of(scale.units_of(document), Rates(**document["rates"]))  # type: ignore[arg-type]
-    stages = scale.Stages(prices, Model(2, 64, 300), {METHOD: 1.0}, Text(2, {METHOD: 2}, 3))
+    stages = scale.Stages(prices, Model(2, 64, 300), {METHOD: 1.0}, Text(2, {METHOD: 3}, 3))
     alone = ("add seconds", "correct gap", "_encode seconds")
     shares = {f"{METHOD} {what} {role}": 0.5 for what in alone for role in (*INSIDE, *TABLES)}
     one, halved = (replace(stages, crews=given).one("pack", METHOD) for given in ({}, {1: shares}))

@@ -409,7 +409,8 @@ class Member:
 def _environment() -> dict[str, str]:
     """Of every worker: the same code as here, and threads that wait as they do here."""
     kept = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
-    return {**kept, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "0"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**kept, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
 
 
 def _import_ray() -> ModuleType:

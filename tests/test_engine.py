@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import random
@@ -42,10 +43,10 @@ SCORING = Scoring(tokens=512, batch_tokens=2 * CONTEXT)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes."""
+    """Two nodes, one of which has a GPU, as far as Ray knows."""
     own = {"num_cpus": CORES, "object_store_memory": 300 * 2**20}
     found = cluster_utils.Cluster(initialize_head=True, head_node_args={**own, "include_dashboard": False})
-    found.add_node(**own)
+    found.add_node(**own, num_gpus=1)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # which no worker can import
     yield found
     ray.shutdown()
@@ -502,6 +503,18 @@ def test_a_member_that_is_opened_again_is_new_in_the_same_process(engine: Ray) -
     begun.append(member.result(member.submit("process")))
     assert begun[0] == begun[1]
     member.close()
+
+
+def process(shared: object, number: int) -> int:
+    del shared, number
+    return os.getpid()
+
+
+def test_tasks_on_a_gpu_have_the_same_process(engine: Ray) -> None:
+    """And with it what they share, and what the GPU was made ready for."""
+    one = copy.copy(engine)
+    one.gpus = 1
+    assert len(set(one.map(process, one.share(dict, on_device=True), ((n,) for n in range(6))))) == 1
 
 
 class Total:

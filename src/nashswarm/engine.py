@@ -256,7 +256,9 @@ class Ray:
         self, function: Callable[..., Any], name: str, cpus: int, gpus: int = 0, **options: Any
     ) -> Callable[..., Any]:
         """What begins a task, by the name that Ray shows."""
-        made = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, **options)(function)
+        # By default Ray ends a process behind each task with a GPU, and with it the model that tasks share.
+        own = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "max_calls": 0}
+        made = self.ray.remote(**own, **options)(function)
         return made.options(name=name).remote  # type: ignore[no-any-return, unused-ignore]
 
     def get(self, reference: Any) -> Any:

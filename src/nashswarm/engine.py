@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # tasks under way for each slot: what bounds the object store
 FARTHER = 8  # the same of tasks that are given names and return a matrix' codes, or less
+# Milliseconds for which a node keeps a process that has nothing to do, where it has more than cores: otherwise 1,000,
+# and one that has made a GPU ready, and loaded a model, is not there for the next task.
+KEPT = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
 RETRIES = 20  # of a task or a member whose worker is lost
 EXTRA = "engine: ray needs the package; pip install -c constraints.txt -e '.[ray]'"
 
@@ -173,6 +176,7 @@ class Ray:
         self.threads, self.device, self.ray = compute.threads, device, _import_ray()
         self.place: Place = self.threads, os.getcwd(), False
         wait_asleep()
+        os.environ.setdefault(*KEPT)  # for a cluster that is started here
         own = {"include_dashboard": False} if compute.address is None else {"address": compute.address}
         try:
             self.ray.init(

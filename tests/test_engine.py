@@ -510,11 +510,36 @@ def process(shared: object, number: int) -> int:
     return os.getpid()
 
 
-def test_tasks_on_a_gpu_have_the_same_process(engine: Ray) -> None:
-    """And with it what they share, and what the GPU was made ready for."""
+@pytest.fixture
+def on_gpu(engine: Ray, monkeypatch: pytest.MonkeyPatch) -> Ray:
+    """Whose tasks and members ask for the one GPU, and have a minute to get it."""
     one = copy.copy(engine)
-    one.gpus = 1
+    one.gpus = one.slots = 1
+    monkeypatch.setattr(one, "get", partial(ray.get, timeout=60))
+    return one
+
+
+def test_tasks_on_a_gpu_have_the_same_process(on_gpu: Ray) -> None:
+    """And with it what they share, and what the GPU was made ready for."""
+    one = on_gpu
     assert len(set(one.map(process, one.share(dict, on_device=True), ((n,) for n in range(6))))) == 1
+
+
+def test_a_task_that_members_wait_for_has_a_gpu_beside_them(on_gpu: Ray) -> None:
+    member = on_gpu.member(Total)
+    assert member.result(member.submit("add", 1)) == 1
+    assert len(list(on_gpu.map(process, on_gpu.share(dict, on_device=True), [(0,)], alone=True))) == 1
+    member.close()
+
+
+def test_two_members_do_not_share_a_gpu(on_gpu: Ray) -> None:
+    first, second = on_gpu.member(Total), on_gpu.member(Total)
+    assert first.result(first.submit("add", 1)) == 1
+    waiting = second.submit("add", 1)
+    assert not ray.wait([waiting[0]], timeout=3)[0]
+    first.close()
+    assert second.result(waiting) == 1
+    second.close()
 
 
 class Total:

@@ -41,6 +41,7 @@ FARTHER = 8  # the same of tasks that are given names and return a matrix' codes
 # Milliseconds for which a node keeps a process that has nothing to do, where it has more than cores: otherwise 1,000,
 # and one that has made a GPU ready, and loaded a model, is not there for the next task.
 KEPT = ("RAY_idle_worker_killing_time_threshold_ms", "600000")
+MEMBER = 0.6  # of a GPU: one to each, and the rest is for a task that members wait for
 RETRIES = 20  # of a task or a member whose worker is lost
 EXTRA = "engine: ray needs the package; pip install -c constraints.txt -e '.[ray]'"
 
@@ -223,7 +224,7 @@ class Ray:
         """As `Engine.map`."""
         threads, directory, _ = self.place
         threads, slots = (1, threads * self.slots) if at_once else (threads, self.slots)
-        call = self._remote(_task, function.__name__, threads, shared.gpus)
+        call = self._remote(_task, function.__name__, threads, shared.gpus * (1 - MEMBER if alone else 1))
         under_way: deque[Any] = deque()
         for item in items:
             under_way.append(call((threads, directory, alone), shared, function, *item))
@@ -257,7 +258,7 @@ class Ray:
         )
 
     def _remote(
-        self, function: Callable[..., Any], name: str, cpus: int, gpus: int = 0, **options: Any
+        self, function: Callable[..., Any], name: str, cpus: int, gpus: float = 0, **options: Any
     ) -> Callable[..., Any]:
         """What begins a task, by the name that Ray shows."""
         # By default Ray ends a process behind each task with a GPU, and with it the model that tasks share.
@@ -399,8 +400,8 @@ class Member:
     def _started(self) -> Any:
         """A process for it."""
         # Beside tasks, not instead of them: it works only while it is called, and then no task runs.
-        options = {"num_cpus": 0, "num_gpus": self.engine.gpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        return self.engine.ray.remote(**options)(_Host).remote(self.engine.place, self.make)
+        own = {"num_cpus": 0, "num_gpus": self.engine.gpus * MEMBER, "scheduling_strategy": "SPREAD"}
+        return self.engine.ray.remote(**own, max_restarts=0)(_Host).remote(self.engine.place, self.make)
 
     def _recover(self) -> None:
         """All that lasts, in another process."""

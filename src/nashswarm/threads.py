@@ -106,9 +106,10 @@ def all_hands() -> Iterator[None]:
 def in_step(work: Callable[[T, Callable[[], None], Callable[[], None]], None], items: Sequence[T], steps: int) -> None:
     """work(item, wait, done) for every item, each of which follows the one before it, step by step.
 
-    `work` calls `wait` before each of its `steps`, which returns once the item before has come through the same one,
-    and `done` behind it. Items are worked on by the crew, each of which lets torch compute with one thread; alone, by
-    this thread as it is. Raises what the first item that failed raised; those behind it are abandoned.
+    `work` calls `done` behind each of its steps. The first `wait` of an item returns once the one before it has called
+    `done`, the second once it has done so twice; `steps` is how often an item may wait. Items are worked on by the
+    crew, each of which lets torch compute with one thread; alone, by this thread as it is. Raises what the first item
+    that failed raised; those behind it are abandoned.
     """
     threads = min(crew(), len(items), steps)
     turns = [threading.Semaphore(0) for _ in items]

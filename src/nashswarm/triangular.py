@@ -1,8 +1,9 @@
 """Factors of positive definite matrices, by a crew of threads (see `threads`) whose number changes no digit.
 
 Libraries cut their work by the number of threads, and late digits follow. Here it is cut into tiles of one size, each a
-product of matrices that one thread computes, whichever it is. Equally fast on one thread; and where a matrix is all
-that a machine waits for, all of its cores take part.
+product of matrices that one thread computes, whichever it is. One thread is as fast with it, but for many columns that
+are solved for in float64 (half as slow again); and where a matrix is all that a machine waits for, all of its cores
+take part.
 """
 
 from __future__ import annotations

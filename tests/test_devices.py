@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nashswarm.devices import resolve, wide
+from nashswarm.devices import repeatable, resolve, wide
 from nashswarm.types import NashSwarmError
 
 
@@ -27,3 +27,19 @@ def test_auto_is_a_gpu_where_one_is(cuda: bool, mps: bool, expected: str, monkey
 def test_float64_is_computed_where_it_can_be() -> None:
     assert wide(torch.device("mps")) == torch.device("cpu")
     assert wide(torch.device("cuda")) == torch.device("cuda")
+
+
+def fused() -> list[bool]:
+    """Kernels of attention that torch may take."""
+    cuda = torch.backends.cuda
+    return [cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()]
+
+
+def test_attention_on_a_gpu_takes_no_fused_kernel_where_gradients_must_repeat() -> None:
+    before = fused()
+    with repeatable(torch.device("cpu")):
+        assert fused() == before
+    with repeatable(torch.device("cuda")):
+        assert not any(fused())
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert fused() == before

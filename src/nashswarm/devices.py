@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from nashswarm.types import NashSwarmError
@@ -28,3 +29,12 @@ def wide(device: torch.device) -> torch.device:
     import torch
 
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Within, gradients of attention come out the same each time: a GPU's fused kernels add them up in any order."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)

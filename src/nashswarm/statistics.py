@@ -29,7 +29,7 @@ from nashswarm.artifacts import reserved
 from nashswarm.blocks import Blocks, batches_of, calibration_windows, replaced_blocks
 from nashswarm.closure import closure, fingerprint
 from nashswarm.config import Scoring
-from nashswarm.devices import wide
+from nashswarm.devices import repeatable, wide
 from nashswarm.engine import LOCAL, Engine
 from nashswarm.folding import Folding
 from nashswarm.types import ModelIndex, NashSwarmError, Progress, Statistics, TensorSpec
@@ -352,7 +352,7 @@ def _block(
     found = {name: _Found() for name in modules}
     blocks.enter(layer)  # held for the pass back, too
     hidden = _leaf(blocks, hidden)
-    with _hooked(modules, found, True):
+    with _hooked(modules, found, True), repeatable(blocks.model.device):
         output = blocks.run(layer, number, hidden)
         output.backward(gradient.to(output))  # type: ignore[no-untyped-call]
     assert hidden.grad is not None

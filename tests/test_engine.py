@@ -521,8 +521,8 @@ def on_gpu(engine: Ray, monkeypatch: pytest.MonkeyPatch) -> Ray:
 
 def test_tasks_on_a_gpu_have_the_same_process(on_gpu: Ray) -> None:
     """And with it what they share, and what the GPU was made ready for."""
-    one = on_gpu
-    assert len(set(one.map(process, one.share(dict, on_device=True), ((n,) for n in range(6))))) == 1
+    shared = on_gpu.share(dict, on_device=True)
+    assert len(set(on_gpu.map(process, shared, ((n,) for n in range(6))))) == 1
 
 
 def test_a_task_that_members_wait_for_has_a_gpu_beside_them(on_gpu: Ray) -> None:

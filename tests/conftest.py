@@ -6,12 +6,13 @@ offline. Heavy imports happen inside fixtures, so that tests without models star
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from nashswarm.corpora import TokenizedSplit
     from nashswarm.packed import PackedModel
     from nashswarm.quantize import Model
-    from nashswarm.types import PackedTensor
+    from nashswarm.types import PackedTensor, Statistics
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -175,6 +176,14 @@ def split(tokenizers: Callable[[str], Path]) -> Callable[..., TokenizedSplit]:
     return make
 
 
+def read_statistics(
+    gathered: Mapping[str, Statistics], name: str, second_moment: np.ndarray | None = None
+) -> Statistics:
+    """As `artifacts.read_statistics`, of what is in memory."""
+    found = gathered[name]
+    return found if second_moment is None else dataclasses.replace(found, second_moment=second_moment)
+
+
 @pytest.fixture(scope="session")
 def quantizable(checkpoint: Checkpoints, split: Callable[..., TokenizedSplit]) -> Models:
     """family -> quantize.Model of the tiny model, float32, with statistics gathered on a tiny text."""
@@ -192,7 +201,9 @@ def quantizable(checkpoint: Checkpoints, split: Callable[..., TokenizedSplit]) -
         gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, ids, scoring, no_progress)}
         files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
         record = artifacts.SourceRecord("path", str(directory), None, None, files)
-        return quantize.Model(family, index, record, models.Checkpoint.open(directory, index), gathered.__getitem__)
+        return quantize.Model(
+            family, index, record, models.Checkpoint.open(directory, index), partial(read_statistics, gathered)
+        )
 
     return make
 

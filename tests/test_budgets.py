@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def scored(directory: Path, ids: np.ndarray, tokens: int, scratch: Path) -> quan
         artifacts.write_statistics(scratch, tensor.name, found)
     record = artifacts.SourceRecord(source="embedded", directory=str(directory), id=None, revision=None, files={})
     checkpoint = models.Checkpoint.open(directory, index)
-    return quantize.Model("m", index, record, checkpoint, lambda name: artifacts.read_statistics(scratch, name))
+    return quantize.Model("m", index, record, checkpoint, partial(artifacts.read_statistics, scratch))
 
 
 def bought(model: quantize.Model, ids: np.ndarray, target: Path, **settings: Any) -> tuple[Any, packed.PackedModel]:

@@ -25,19 +25,22 @@ def defined(groups: np.ndarray, power: np.ndarray, eighths: np.ndarray, half: fl
 @pytest.mark.parametrize("count", [1, 64, 130])
 def test_the_best_step_of_those_tried_is_found(bits: int, count: int) -> None:
     groups, power, half, tries = normal(40, count), np.abs(normal(40, seed=1)), 2.0 ** (bits - 1), 12
-    best, least = clipped.search(groups, power, half, tries)
+    halves, allowed = np.full(count, half, np.float32), np.full(count, tries)
+    allowed[count // 2] = 1
+    best, least = clipped.search(groups, power, halves, allowed)
     first = np.ceil(8 * np.log2(np.abs(groups).max(0) / half)) + 1
-    errors = np.array([defined(groups, power, first - i, half) for i in range(tries)])
+    errors = np.array([defined(groups, power, first - np.minimum(i, allowed - 1), half) for i in range(tries)])
     assert least == pytest.approx(errors.min(0), rel=1e-4)
     found = (first - best).astype(int)
     assert errors[found, np.arange(count)] == pytest.approx(errors.min(0), rel=1e-4)
-    again = clipped.error(groups, power, best, np.full(count, half, np.float32))
+    again = clipped.error(groups, power, best, halves)
     assert np.array_equal(again, least)
     assert np.abs(groups).max(0) == pytest.approx(np.clip(np.abs(groups).max(0), None, half * 2.0 ** (first / 8)))
 
 
 def test_zeros_have_the_least_step() -> None:
-    best, least = clipped.search(np.zeros((8, 3), np.float32), np.ones(8, np.float32), 1.0, 14)
+    grids = np.ones(3, np.float32), np.full(3, 14)
+    best, least = clipped.search(np.zeros((8, 3), np.float32), np.ones(8, np.float32), *grids)
     assert (best <= -790).all()
     assert (least < 1e-30).all()
 
@@ -48,34 +51,33 @@ def test_zeros_have_the_least_step() -> None:
 def test_patches_are_one_element_after_the_other(
     interact: bool, size: int, edges: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, as `Patch` says: what is handed on by any cut into parts and patches is the same to rounding."""
-    monkeypatch.setattr(feedback, "PATCH", 20)
+    """In float64, as `Patch` says: what is handed on by any cut into patches is the same to rounding."""
+    monkeypatch.setattr(feedback, "GROUP", 1)
     task = job(interact)
     model = feedback.loss_model(task, "test", 0.01, 0.5, act_order=True)
     steps, halves, middles = np.full(ROWS, 0.2, np.float32), np.full(ROWS, 4.0, np.float32), np.zeros(ROWS, np.float32)
     steps[5] = 0
     found = np.empty((ROWS, COLUMNS), np.int64)
 
-    def visit(part: feedback.Part) -> None:
-        for patch in part.patches():
-            own = (values[patch.rows] for values in (steps, halves, middles))
-            found[patch.rows[:, None], patch.columns] = clipped.round_patch(patch, *own).T
+    def visit(patch: Patch) -> None:
+        own = (values[patch.rows] for values in (steps, halves, middles))
+        found[patch.rows[:, None], patch.columns] = clipped.round_patch(patch, *own).T
 
     feedback.sweep(task.weight, model.columns, model.spread, size, edges, visit)
-    values, upper = task.weight.double().numpy().copy(), model.columns.upper.double().numpy()
+    weights, between = task.weight.double().numpy(), model.columns.spread().double().numpy()
     order = np.arange(ROWS) if model.spread is None else model.spread.order.numpy()
-    between = np.eye(ROWS) if model.spread is None else feedback.spread(model.spread).double().numpy()
+    spread = np.eye(ROWS) if model.spread is None else model.spread.spread().double().numpy()
+    values = weights.copy()
     expected = np.empty_like(found)
     for i, column in enumerate(model.columns.order.tolist()):
         handed, rounded = np.zeros(ROWS), np.zeros(ROWS)
         for r, row in enumerate(order):
-            target = values[row, column] - handed[r]
+            target = values[row, column] + handed[r]
             code = np.clip(np.floor(target / steps[row] + 0.5), -4, 3) if steps[row] else -4
             rounded[row], expected[row, column] = code * steps[row], code
-            handed[r + 1 :] += (target - rounded[row]) * between[r, r + 1 :]
+            handed[r + 1 :] += (values[row, column] - rounded[row]) * spread[r, r + 1 :]
         later = model.columns.order[i + 1 :].numpy()
-        errors = (values[:, column] - rounded) / upper[i, i]
-        values[:, later] -= np.outer(errors, upper[i, i + 1 :])
+        values[:, later] += np.outer(weights[:, column] - rounded, between[i, i + 1 :])
     assert (found != expected).mean() < 0.003  # of float32 beside float64: a code at an edge
     assert len(np.unique(found)) == 8
 
@@ -86,7 +88,8 @@ def test_kernels_are_plain_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> list[np.ndarray]:
         patch = Patch.alone(normal(6, 70))
         grid = (np.full(70, value, np.float32) for value in (0.3, 2.0, 0.5))
-        return [*clipped.search(groups, power, 2.0, 5), clipped.round_patch(patch, *grid), patch.values, patch.handed]
+        searched = clipped.search(groups, power, np.full(70, 2.0, np.float32), np.full(70, 5))
+        return [*searched, clipped.round_patch(patch, *grid), patch.values, patch.weights]
 
     compiled = results()
     monkeypatch.setattr(clipped, "_kernels", lambda: (clipped._search, clipped._round))

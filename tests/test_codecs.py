@@ -159,8 +159,8 @@ def half_a_step_of_the_group(job: Job, packed: PackedTensor, found: Tensor) -> N
 def damage(job: Job, error: Tensor) -> float:
     """1/2 tr(outputs E inputs E^T), float64; rows weigh by themselves where only the diagonal of outputs is known."""
     found = feedback.curvature(job.statistics, job.tensor.name)  # type: ignore[arg-type]
-    outputs = found.rows.diag() if found.outputs is None else found.outputs
-    return 0.5 * float((outputs @ error.double() @ found.inputs * error.double()).sum())
+    outputs = found.rows.diag() if found.outputs is None else found.outputs.double()
+    return 0.5 * float((outputs @ error.double() @ found.inputs.double() * error.double()).sum())
 
 
 def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None:
@@ -169,7 +169,7 @@ def no_worse_than_nothing(job: Job, packed: PackedTensor, found: Tensor) -> None
 
 
 def half_a_step_after_feedback(job: Job, packed: PackedTensor, found: Tensor) -> None:
-    """The module's claim: damage is 1/2 sum rows_r (e_rc / U_cc)^2, each |e_rc| at most half of its step."""
+    """The module's claim: damage is 1/2 sum rows_r (e_rc D_c)^2, each |e_rc| at most half of its step."""
     model, steps = coded._loss_model(job, coded.Settings())
     step = steps.of_rows()[:, None].double() * steps.of_columns(job.choice.step or 0.0).double()
     most = 0.5 * float((step / 2 / model.columns.step.double()).square().sum(1) @ model.rows)

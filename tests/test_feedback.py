@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,17 +35,18 @@ def job(outputs: bool = True) -> Job:
 def rounded(weight: Tensor, model: feedback.LossModel, step: float) -> Tensor:
     """Rounded to multiples of `step`, float32 [out, in], errors handed on to later columns and, if need be, rows."""
     found = torch.empty_like(weight)
-    spread = None if model.spread is None else feedback.spread(model.spread).numpy()
+    spread = None if model.spread is None else model.spread.spread().numpy()
 
     def quantize(column: int, values: Tensor) -> Tensor:
         targets = values.numpy().copy()
         for r in range(len(targets)):
             found[r, column] = float(np.round(targets[r] / step) * step)
             if spread is not None:
-                targets[r + 1 :] -= (targets[r] - float(found[r, column])) * spread[r, r + 1 :]
+                targets[r + 1 :] += (float(values[r]) - float(found[r, column])) * spread[r, r + 1 :]
         return found[:, column].clone()
 
-    feedback.sweep(weight, model.columns, None, 24, [0, len(weight)], lambda part: part.round_columns(quantize))
+    visit = partial(feedback.round_columns, quantize=quantize)
+    feedback.sweep(weight, model.columns, None, 24, [0, len(weight)], visit)
     return found
 
 
@@ -56,8 +58,8 @@ def test_the_damage_of_uniform_errors_is_predicted(outputs: bool, damping: float
     model = feedback.loss_model(task, "test", damping, damping, act_order=False)
     error = (task.weight - rounded(task.weight, model, step)).double()
     curvature = model.curvature
-    true = curvature.rows.diag() if curvature.outputs is None else curvature.outputs
-    measured = 0.5 * float((true @ error @ curvature.inputs * error).sum())
+    true = curvature.rows.diag() if curvature.outputs is None else curvature.outputs.double()
+    measured = 0.5 * float((true @ error @ curvature.inputs.double() * error).sum())
     rows, columns = model.damage()
     predicted = 0.5 * step**2 / 12 * float(rows.sum() * columns.sum())
     assert measured == pytest.approx(predicted, rel=0.15)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCABULARY, Models, no_progress
+from conftest import CONTEXT, FAMILIES, VOCABULARY, Models, no_progress, read_statistics
 
 from nashswarm import artifacts, models, quantize, statistics
 from nashswarm.codecs import classes, grouped, kept
@@ -226,7 +226,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Model:
     gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, calibration(), scoring, no_progress)}
     files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
     record = artifacts.SourceRecord("path", str(directory), None, None, files)
-    return Model("larger", index, record, models.Checkpoint.open(directory, index), gathered.__getitem__)
+    return Model("larger", index, record, models.Checkpoint.open(directory, index), partial(read_statistics, gathered))
 
 
 def coded(budget: float, prefix_tokens: int = 0) -> Method:

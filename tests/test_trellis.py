@@ -30,9 +30,10 @@ def rounded_column(targets, steps, machine, spread, edges):
         if spread is not None:
             patch = dataclasses.replace(patch, spread=np.ascontiguousarray(spread[first:last, first:last]))
         codes[first:last] = trellis.round_patch(patch, steps[first:last], np.ones(1, np.float32), state, machine)
+        assert np.array_equal(patch.values, patch.weights)
         values[first:last] = rest[first:last] - patch.values[0]
         if spread is not None:
-            taken[last:] += patch.handed[0] @ spread[first:last, last:]
+            taken[last:] += patch.values[0] @ spread[first:last, last:]
     return codes, values
 
 
@@ -117,13 +118,9 @@ def test_no_path_is_better(states, rows, largest, split):
 
 
 def handed_on(targets, steps, values, spread):
-    """Each row's error in steps, after rows before it handed theirs on: values [rows, paths], in steps."""
-    left, errors = np.repeat(targets[:, None].astype(float), values.shape[1], axis=1), np.empty(values.shape)
-    for row in range(len(targets)):
-        error = left[row] - values[row] * steps[row]
-        left[row + 1 :] -= spread[row, row + 1 :, None] * error
-        errors[row] = error / steps[row]
-    return errors
+    """Each row's error in steps, after rows before it handed on what they left: values [rows, paths], in steps."""
+    left = targets[:, None] - values * steps[:, None]
+    return (left + np.triu(spread, 1).T @ left) / steps[:, None]
 
 
 def damage(targets, steps, values, spread):
@@ -132,10 +129,10 @@ def damage(targets, steps, values, spread):
 
 def scalar(targets, steps, spread):
     """One grid with feedback: the nearest code to what is left, row by row."""
-    left, values = targets.copy(), np.empty_like(targets)
+    handed, values = targets.copy(), np.empty_like(targets)
     for row in range(len(targets)):
-        values[row] = np.rint(left[row] / steps[row]) * steps[row]
-        left[row + 1 :] -= spread[row, row + 1 :] * (left[row] - values[row])
+        values[row] = np.rint(handed[row] / steps[row]) * steps[row]
+        handed[row + 1 :] += spread[row, row + 1 :] * (targets[row] - values[row])
     return values
 
 
@@ -281,31 +278,28 @@ def test_the_kernel_is_plain_python_too(interact, monkeypatch):
     assert all(map(np.array_equal, compiled, roundings(targets, steps, 4, spread)))
 
 
-def pieces_of(fresh):
-    return trellis.Pieces(edges_of(0, 10, 33, 40), np.array(fresh))
-
-
 @pytest.mark.parametrize("interact", [False, True])
 @pytest.mark.parametrize("fresh", [(True, False, True), (False, False, False)])
 def test_pieces_of_one_call_are_calls_one_after_the_other(interact, fresh):
-    rng, found = np.random.default_rng(12), trellis.machine(8)
-    values, handed = (rng.normal(0, 2, (5, 40)).astype(np.float32) for _ in range(2))
+    rng, found, edges = np.random.default_rng(12), trellis.machine(8), edges_of(0, 10, 33, 40)
+    weights, values, handed = (rng.normal(0, 2, (5, 40)).astype(np.float32) for _ in range(3))
     rows, columns = (np.exp2(rng.normal(0, 0.3, n)).astype(np.float32) for n in (40, 5))
     factor, spread = np.eye(5, dtype=np.float32) + upper(rng, 5), upper(rng, 40) if interact else upper(rng, 0)
-    whole = Patch(np.arange(5), np.arange(40), 0, values.copy(), handed.copy(), factor, spread)
+    given = (array.copy() for array in (weights, values, handed))
+    whole = Patch(np.arange(5), np.arange(40), (0, 0), edges, *given, factor, spread)
     states, apart = (np.full(5, 3, np.uint8) for _ in range(2))
-    codes, pieces = trellis.round_patch(whole, rows, columns, states, found, pieces_of(fresh)), pieces_of(fresh)
-    for number, (first, last) in enumerate(itertools.pairwise(pieces.edges)):
-        if pieces.fresh[number]:
+    codes = trellis.round_patch(whole, rows, columns, states, found, np.array(fresh))
+    for number, (first, last) in enumerate(itertools.pairwise(edges)):
+        if fresh[number]:
             apart[:] = trellis.START
-        own, taken = values[:, first:last].copy(), handed[:, first:last].copy()
-        near = np.ascontiguousarray(spread[first:last, first:last])
-        patch = Patch(np.arange(5), np.arange(first, last), 0, own, taken, factor, near)
+        own = tuple(array[:, first:last].copy() for array in (weights, values, handed))
+        near, cut = np.ascontiguousarray(spread[first:last, first:last]), edges_of(0, last - first)
+        patch = Patch(np.arange(5), np.arange(first, last), (0, first), cut, *own, factor, near)
         assert np.array_equal(trellis.round_patch(patch, rows[first:last], columns, apart, found), codes[:, first:last])
         if interact:
-            handed[:, last:] += taken @ spread[first:last, last:]
-        np.testing.assert_allclose(whole.values[:, first:last], own, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(whole.handed[:, first:last], taken, rtol=1e-4, atol=1e-4)
+            handed[:, last:] += patch.values @ spread[first:last, last:]
+        np.testing.assert_allclose(whole.values[:, first:last], patch.values, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(whole.weights[:, first:last], patch.weights, rtol=1e-4, atol=1e-4)
     assert np.array_equal(states, apart)
 
 

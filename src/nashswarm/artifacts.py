@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from nashswarm.types import (
     Allocation,
@@ -188,9 +188,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_bytes(path, save({k: np.asarray(v, order="C") for k, v in arrays.items()}))
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, without: str = "") -> dict[str, np.ndarray]:
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="numpy") as file:
+            keys = set(file.keys()) - {without}
+            return {key: file.get_tensor(key) for key in sorted(keys)}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
 
@@ -425,9 +427,12 @@ def write_statistics(directory: Path, tensor: str, statistics: Statistics) -> No
     write_arrays(directory / f"{tensor}.safetensors", {k: v for k, v in arrays.items() if v is not None})
 
 
-def read_statistics(directory: Path, tensor: str) -> Statistics:
-    """One tensor's statistics."""
-    return Statistics(**_load(directory / f"{tensor}.safetensors"))
+def read_statistics(directory: Path, tensor: str, second_moment: np.ndarray | None = None) -> Statistics:
+    """One tensor's statistics. Arguments: `second_moment`, one that takes the place of that which is stored."""
+    path = directory / f"{tensor}.safetensors"
+    if second_moment is None:
+        return Statistics(**_load(path))
+    return Statistics(**_load(path, without="second_moment"), second_moment=second_moment)
 
 
 # --- records of arrays ---------------------------------------------------------------------------------------------

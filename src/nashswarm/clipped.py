@@ -29,38 +29,41 @@ def middle(eighths: np.ndarray) -> np.ndarray:
     return np.where(eighths % 2, np.float32(0), np.float32(0.5))
 
 
-def search(groups: np.ndarray, power: np.ndarray, half: float, tries: int) -> tuple[np.ndarray, np.ndarray]:
+def search(
+    groups: np.ndarray, power: np.ndarray, halves: np.ndarray, tries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The best steps of groups, float32 [C, groups], a column each: e, int64 [groups], and errors as by `error`.
 
-    Arguments: `power`, float32 [C], what a squared error counts; `half`, h of all grids; `tries`, how many steps to try
-    from the one that clips nothing downwards.
+    Arguments: `power`, float32 [C], what a squared error counts; `halves`, h of each group's grids, float32 [groups];
+    `tries`, how many steps to try, from the one that clips nothing downwards, int64 [groups].
     """
     peak = np.abs(groups).max(0, initial=LEAST)
-    first = np.ceil(STEPS_PER_OCTAVE * np.log2(peak / np.float32(half))).astype(np.int64) + 1
-    return _searched(groups, power, first, np.full(len(first), half, np.float32), tries)
+    first = np.ceil(STEPS_PER_OCTAVE * np.log2(peak / halves)).astype(np.int64) + 1
+    return _searched(groups, power, halves, first - np.minimum(np.arange(tries.max())[:, None], tries - 1))
 
 
 def error(groups: np.ndarray, power: np.ndarray, eighths: np.ndarray, halves: np.ndarray) -> np.ndarray:
     """Weighted squared rounding errors, float32 [groups], on grids of these e, int64 [groups], and h, float32."""
-    return _searched(groups, power, eighths, halves, 1)[1]
+    return _searched(groups, power, halves, eighths[None])[1]
 
 
 def _searched(
-    groups: np.ndarray, power: np.ndarray, first: np.ndarray, halves: np.ndarray, tries: int
+    groups: np.ndarray, power: np.ndarray, halves: np.ndarray, eighths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    best, least = np.empty(len(first), np.int64), np.empty(len(first), np.float32)
-    eighths = first - np.arange(tries)[:, None]
+    """Arguments: `eighths`, those that are tried, int64 [tries, groups]."""
+    best, least = np.empty(len(halves), np.int64), np.empty(len(halves), np.float32)
     _kernels()[0](groups, power, halves, eighths, step(eighths), middle(eighths), best, least)
     return best, least
 
 
 def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    """Round a patch in place, as `Patch` says; its codes q, int16 [C, R].
+    """Round a patch in place, as `Patch` says, of PATCH rows or fewer, if they interact; its codes q, int16 [C, R].
 
     Arguments: s, h and m of every row, float32 [R]. Where the step is zero, so is the value, and q is -h.
     """
     codes = np.empty(patch.values.shape, np.int16)
-    _kernels()[1](patch.values, patch.handed, patch.upper, patch.spread, steps, halves, middles, codes)
+    given = patch.weights, patch.values, patch.handed, patch.between, patch.spread
+    _kernels()[1](*given, steps, halves, middles, codes)
     return codes
 
 
@@ -68,7 +71,7 @@ def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np
 def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     vector, matrix = "float32[::1]", "float32[:, ::1]"
     search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
-    patch = f"void({matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}, {vector}, int16[:, ::1])"
+    patch = f"void({', '.join([matrix] * 5 + [vector] * 3)}, int16[:, ::1])"
     return jit.compiled(_search, search), jit.compiled(_round, patch)
 
 
@@ -108,38 +111,39 @@ def _search(
 
 
 def _round(
+    weights: np.ndarray,
     values: np.ndarray,
     handed: np.ndarray,
-    upper: np.ndarray,
+    between: np.ndarray,
     spread: np.ndarray,
     steps: np.ndarray,
     halves: np.ndarray,
     middles: np.ndarray,
     codes: np.ndarray,
 ) -> None:
+    """PATCH rows at a time, so that what all columns need of them stays near; there are no more where rows interact."""
     count, half = values.shape[1], np.float32(0.5)
-    taken, padded = np.empty(PATCH, np.float32), np.zeros((count, PATCH), np.float32)
-    for row in range(len(spread)):
-        padded[row, :count] = spread[row]
-    for column in range(len(values)):
-        if len(spread):
-            taken[:count] = handed[column]
-        for row in range(count):
-            target = values[column, row] - (taken[row] if len(spread) else np.float32(0))
-            code, rounded = -halves[row], np.float32(0)
-            if steps[row] > 0:
-                code = np.floor(target / steps[row] + (half - middles[row]))
-                code = min(max(code, -halves[row]), halves[row] - np.float32(1))
-                rounded = (code + middles[row]) * steps[row]
-            codes[column, row] = np.int16(code)
-            error = target - rounded
-            handed[column, row] = error
-            values[column, row] -= rounded
-            if len(spread):
-                for later in range(PATCH):  # those of rows before are not read again
-                    taken[later] += error * padded[row, later]
-        for row in range(count if len(upper) else 0):
-            values[column, row] /= upper[column, column]
-        for other in range(column + 1, len(upper)):
-            for row in range(count):
-                values[other, row] -= upper[column, other] * values[column, row]
+    taken, padded = np.empty(PATCH, np.float32), np.zeros((PATCH, PATCH), np.float32)
+    for first in range(0, count, PATCH):
+        own = min(PATCH, count - first)
+        for row in range(own if len(spread) else 0):
+            padded[row, :own] = spread[first + row, first : first + own]
+        for column in range(len(values)):
+            taken[:own] = handed[column, first : first + own]
+            for place in range(own):
+                row = first + place
+                target = values[column, row] + taken[place]
+                code, rounded = -halves[row], np.float32(0)
+                if steps[row] > 0:
+                    code = np.floor(target / steps[row] + (half - middles[row]))
+                    code = min(max(code, -halves[row]), halves[row] - np.float32(1))
+                    rounded = (code + middles[row]) * steps[row]
+                codes[column, row] = np.int16(code)
+                values[column, row] -= rounded
+                weights[column, row] -= rounded
+                if len(spread):
+                    for later in range(PATCH):  # those of rows before are not read again
+                        taken[later] += values[column, row] * padded[place, later]
+            for other in range(column + 1, len(between)):
+                for row in range(first, first + own):
+                    values[other, row] += between[column, other] * weights[column, row]

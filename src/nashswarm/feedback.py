@@ -1,16 +1,17 @@
-"""Sequential rounding with error feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323, algorithm 1; LDLQ in QuIP).
+"""Sequential rounding with error feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323; LDLQ in QuIP, Chee et al. 2023,
+arXiv:2307.13304, which it equals).
 
-For y = W x the damage of an error E of W is 1/2 sum_r rows_r (E H E^T)_rr. With U the upper Cholesky factor of H^-1, in
-the order in which columns are rounded, and each column's error handed on to the columns not yet rounded, it becomes
-1/2 sum_rc rows_r (e_rc / U_cc)^2, with e_rc the plain rounding error of column c as it was when its turn came. Columns
-no longer interact, so each can have its own precision.
+For y = W x the damage of an error E of W is 1/2 sum_r rows_r (E H E^T)_rr. With H = U D^2 U^T, U upper triangular with
+a diagonal of ones, in the order in which columns are rounded, it is 1/2 sum_rc rows_r D_c^2 (E U)_rc^2. A column's
+target is the weights and what errors before it hand on, E_rj U_jc of each; then (E U)_rc is its plain rounding error,
+columns no longer interact, and each can have its own precision. H^-1, which GPTQ factors, is not needed.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from nashswarm import triangular
-from nashswarm.patches import PATCH, Patch
+from nashswarm.patches import Patch
 from nashswarm.threads import all_hands, in_step, team
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
 BLOCK = 128  # columns between two matrix products; the original's value
-GROUP = 128  # rows between two, at least
+GROUP = 64  # rows between two, at least
+FAR = 1024  # rows for which what is handed on by those far above is added up at once
 # Share of a row's weight that all tokens have alike. Without it, tokens that calibration hardly saw lose nearly all
 # their bits: KL of the reference model at 3.0 bits on its own text and on WikiText-2 is 0.033 and 0.156, with it 0.033
 # and 0.065. From 0.03 on its own text pays: at 2.5 bits 0.0749 in place of 0.0727.
@@ -40,31 +42,61 @@ class Curvature:
     Where only the diagonal of `outputs` is known (a vocabulary is too large for more), `outputs` is None.
     """
 
-    inputs: Tensor  # float64 [in, in]
+    inputs: Tensor  # float32 or float64 [in, in]
     rows: Tensor  # float64 [out], the diagonal of `outputs`
-    outputs: Tensor | None = None  # float64 [out, out]
+    outputs: Tensor | None = None  # float32 [out, out]
 
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """Columns in rounding order, and the upper Cholesky factor of the inverse moment in that order."""
+    """Columns in rounding order, and R of the moment and some damping, in that order: R R^T, R = U D."""
 
     order: Tensor  # int64 [in]
-    upper: Tensor  # float32 [in, in]
-    undamped: Tensor  # float64 [in], diagonal of U M U^T, M the moment without damping; 1 where there was none
+    found: triangular.Factored  # float64 [in, in]
+    added: float  # to the moment's diagonal
+
+    @property
+    def pivot(self) -> Tensor:
+        """D_c of every column, float64 [in], in rounding order."""
+        return self.found.upper.diagonal()
 
     @property
     def step(self) -> Tensor:
-        """U_cc of every column, float32 [in], in the matrix's own order."""
-        return self._back(self.upper.diagonal())
+        """1 / D_c of every column, float32 [in], in the matrix's own order: steps for which all cost the same."""
+        return self._back(self.pivot.reciprocal().float())
 
     @property
     def damage(self) -> Tensor:
-        """(U M U^T)_cc / U_cc^2, float64 [in], in the matrix's own order: of a unit's error, with what feedback adds.
+        """(U^-1 M U^-T)_cc, float64 [in], in the matrix's own order: of a unit's error, with what feedback adds.
 
-        Without damping M = (U^T U)^-1, and it is 1 / U_cc^2.
+        M is the moment without damping: with R R^T = M + added, R^-1 M R^-T = 1 - added R^-1 R^-T. Where nothing was
+        added, it is D_c^2.
         """
-        return self._back(self.undamped / self.upper.diagonal().double() ** 2)
+        squares = dict[int, Tensor]()
+
+        def take(columns: slice, values: Tensor) -> None:
+            squares[columns.start] = values.square_().sum(1)
+
+        self.found.inverse(take)
+        total = torch.zeros_like(self.pivot)
+        for _, own in sorted(squares.items()):
+            total[: len(own)] += own
+        return self._back((1 - self.added * total).clamp(min=0) * self.pivot.square())
+
+    def unit(self, columns: slice) -> Tensor:
+        """U's columns, down to their last diagonal: float32 [columns.stop, columns]; below it there is anything."""
+        return (self.found.upper[: columns.stop, columns] / self.pivot[columns]).float()
+
+    def spread(self) -> Tensor:
+        """U, float32 [in, in]; below the diagonal there is anything."""
+        found = torch.empty(self.found.upper.shape)
+
+        def take(columns: slice) -> None:
+            found[: columns.stop, columns] = self.unit(columns)
+
+        with team(len(found)) as run:
+            run(take, triangular.tiles(len(found)))
+        return found
 
     def _back(self, values: Tensor) -> Tensor:
         found = torch.empty_like(values)
@@ -86,14 +118,14 @@ def curvature(statistics: Statistics, name: str) -> Curvature:
     if statistics.second_moment is None or statistics.fisher is None:
         if lookup is None or frequency is None:
             raise InputError(f"{name}: no statistics; run the score stage, or use a codec that needs none")
-        return Curvature(_double(lookup), _floored(_double(frequency)))
-    inputs, rows = _double(statistics.second_moment), _double(statistics.fisher)
+        return Curvature(torch.from_numpy(lookup), _floored(_double(frequency)))
+    inputs, rows = torch.from_numpy(statistics.second_moment), _double(statistics.fisher)
     if lookup is not None and frequency is not None:
         ratio = float(frequency.sum(dtype="float64")) / max(float(rows.sum()), 1e-300)
-        inputs = inputs + ratio * _double(lookup)
+        inputs = inputs.double() + ratio * _double(lookup)
     if statistics.gradient_moment is None:
         return Curvature(inputs, _floored(rows))
-    return Curvature(inputs, rows, _double(statistics.gradient_moment))
+    return Curvature(inputs, rows, torch.from_numpy(statistics.gradient_moment))
 
 
 def _floored(rows: Tensor) -> Tensor:
@@ -105,31 +137,31 @@ def _double(values: np.ndarray) -> Tensor:
 
 
 def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool = True) -> Factor:
-    """Order the columns by falling input power (act-order; else as they are) and factor the inverse moment, in float64.
+    """Order the columns by falling input power (act-order; else as they are) and factor the moment, in float64.
 
     Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
     moment that is not finite.
     """
-    if not math.isfinite(float(moment.sum())):
+    if not math.isfinite(float(moment.sum(dtype=torch.float64))):
         raise InputError(
             f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
         )
-    power = moment.diagonal()
+    power = moment.diagonal().double()
     order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power))
     mean = max(float(power.mean()), 1e-30)
     while damping <= 1e6:
         added = damping * mean
         found = triangular.factored(_damped(moment, order, added))
         if found:
-            return _inverted(found, order, added)
+            return Factor(order, found, added)
         logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
 
 
 def _damped(moment: Tensor, order: Tensor, added: float) -> Tensor:
-    """In another order, with something added to the diagonal."""
-    found = torch.empty_like(moment)
+    """In another order, with something added to the diagonal; float64."""
+    found = torch.empty(moment.shape, dtype=torch.float64)
 
     def take(rows: slice) -> None:
         found[rows] = moment.index_select(0, order[rows]).index_select(1, order)
@@ -140,27 +172,12 @@ def _damped(moment: Tensor, order: Tensor, added: float) -> Tensor:
     return found
 
 
-def _inverted(found: triangular.Factored, order: Tensor, added: float) -> Factor:
-    """M + added = R R^T with R upper: its inverse is U^T U with U = R^-1, and U M U^T = 1 - added U U^T."""
-    upper, squares = torch.zeros(len(order), len(order)), dict[int, Tensor]()
-
-    def take(columns: slice, values: Tensor) -> None:
-        upper[: columns.stop, columns] = values
-        squares[columns.start] = values.square_().sum(1)
-
-    found.inverse(take)
-    total = torch.zeros(len(order), dtype=torch.float64)
-    for _, own in sorted(squares.items()):
-        total[: len(own)] += own
-    return Factor(order, upper, (1 - added * total).clamp(min=0))
-
-
 @dataclass(frozen=True, slots=True)
 class LossModel:
     """What rounding errors e of one matrix do, each taken as it is when its turn comes.
 
     Rounding goes by damped moments, since errors along directions without curvature would leave the range in which the
-    loss is quadratic: it keeps 1/2 sum_rc rows_r (e_rc / U_cc)^2 small. What the errors then cost is another matter: it
+    loss is quadratic: it keeps 1/2 sum_rc rows_r (e_rc D_c)^2 small. What the errors then cost is another matter: it
     is the model without damping whose predictions measurements confirm.
     """
 
@@ -192,49 +209,15 @@ def loss_model(job: Job, codec: str, input_damping: float, output_damping: float
     return LossModel(found, columns, spread, spread.step.double() ** -2)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Columns and rows next to each other in rounding order, as the errors of those before left them."""
+def round_columns(patch: Patch, quantize: Callable[[int, Tensor], Tensor]) -> None:
+    """Round a patch column by column, where rows do not interact.
 
-    columns: np.ndarray  # int64 [C], in the matrix
-    rows: np.ndarray  # int64 [R], in the matrix
-    place: tuple[int, int]  # of the first column and the first row
-    edges: np.ndarray  # int64 [pieces + 1], rows of this part at which pieces begin, and its end
-    values: Tensor  # float32 [C, R]; becomes what is handed on to later columns
-    handed: Tensor  # float32 [C, R]; becomes what is handed on to later rows
-    upper: Tensor  # float32 [C, C]
-    spread: Tensor | None  # float32 [R, R], where rows interact
-
-    def round_columns(self, quantize: Callable[[int, Tensor], Tensor]) -> None:
-        """Round one column after the other, where rows do not interact.
-
-        Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [R], and keeps its codes.
-        """
-        pivots = self.upper.diagonal().tolist()
-        for i, column in enumerate(self.columns.tolist()):
-            error = self.values[i]
-            error.sub_(quantize(column, error)).div_(pivots[i])
-            self.values[i + 1 :].addr_(self.upper[i, i + 1 :], error, alpha=-1)
-
-    def whole(self) -> Patch:
-        """All of it; it becomes what becomes of the patch."""
-        near = np.zeros((0, 0), np.float32) if self.spread is None else self.spread.numpy()
-        values, handed = self.values.numpy(), self.handed.numpy()
-        return Patch(self.columns, self.rows, self.place[1], values, handed, self.upper.numpy(), near)
-
-    def patches(self) -> Iterator[Patch]:
-        """In turn, each to be rounded before the next, of PATCH rows."""
-        near, count = np.zeros((0, 0), np.float32), len(self.rows)
-        for first in range(0, count, PATCH):
-            here = slice(first, min(first + PATCH, count))
-            own, taken = (whole[:, here].contiguous() for whole in (self.values, self.handed))
-            if self.spread is not None:
-                near = self.spread[here, here].contiguous().numpy()
-            place, upper = self.place[1] + first, self.upper.numpy()
-            yield Patch(self.columns, self.rows[here], place, own.numpy(), taken.numpy(), upper, near)
-            self.values[:, here], self.handed[:, here] = own, taken
-            if self.spread is not None and here.stop < count:
-                self.handed[:, here.stop :].addmm_(taken, self.spread[here, here.stop :])
+    Arguments: `quantize(column, values)` gives the rounded values of a column, float32 [R], and keeps its codes.
+    """
+    weights, values, between = map(torch.from_numpy, (patch.weights, patch.values, patch.between))
+    for i, column in enumerate(patch.columns.tolist()):
+        weights[i].sub_(quantize(column, values[i]))
+        values[i + 1 :].addr_(between[i, i + 1 :], weights[i])
 
 
 def sweep(
@@ -243,45 +226,87 @@ def sweep(
     rows: Factor | None,
     size: int,
     edges: Sequence[int],
-    visit: Callable[[Part], None],
+    visit: Callable[[Patch], None],
+    begin: Callable[[slice, np.ndarray], None] | None = None,
 ) -> None:
-    """Round `weight`, float32 [out, in], part by part: `size` columns, and GROUP rows or few more, cut at `edges`.
+    """Round `weight`, float32 [out, in], patch by patch: `size` columns, and GROUP rows or few more, cut at `edges`.
 
-    With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (e_rc / (U_rr V_cc))^2, where e_rc is the plain
-    rounding error of an element after those before it, in its column and in columns before, have handed theirs on
-    (YAQA, Tseng et al. 2025, arXiv:2505.22988). Errors go from part to part as matrix products.
+    With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (S_r D_c G_rc)^2, where G = V^T E U and the
+    outputs' moment is V S^2 V^T. G_rc is an element's plain rounding error if its target is the weight, what E before
+    it in its row hands on by U, and what F = E U before it in its column hands on by V (YAQA, Tseng et al. 2025,
+    arXiv:2505.22988).
 
-    A part waits for those of the columns before in its rows, and of the rows before in its columns. So while one thread
-    goes down the rows of some columns, the next follows it down the next columns: `visit`, which rounds a part in
-    place, is called by a crew of threads (see `threads.crew`), and results are the same however many there are.
+    A patch waits for those of the columns before in its rows, and of the rows before in its columns. So while one
+    thread goes down the rows of some columns, the next follows it down the next columns: `visit`, which rounds a patch
+    in place, is called by a crew of threads (see `threads.crew`), and results are the same however many there are.
 
-    Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows.
+    Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows;
+    `begin(columns, values)`, called with places of columns and all rows' values [columns, out] before any of them is
+    rounded: with it no columns follow each other, and a crew shares products alone.
     """
     order = torch.arange(len(weight)) if rows is None else rows.order
     with all_hands():
-        rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous
-        between, groups = None if rows is None else spread(rows), _groups(edges)
+        rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous; becomes E^T
+    spread, groups = None if rows is None else rows.spread(), _groups(edges)
 
     def descend(start: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
         """Round columns from `start` on, not below the rows that the columns before have reached."""
-        stop = min(start + size, len(rest))
-        upper, errors = columns.upper[start:stop, start:stop].contiguous(), rest.new_zeros(stop - start, len(weight))
-        before = columns.upper[:start, start:stop].T.contiguous()
+        here = slice(start, min(start + size, len(rest)))
+        unit = columns.unit(here)
+        before, between, above = unit[:start].T.contiguous(), unit[start:].contiguous().numpy(), _Above(spread)
+        left = rest.new_zeros(len(between), len(weight))  # F^T
+        every = _products(before, rest[:start]).add_(rest[here]) if begin else None
+        if begin and every is not None:
+            begin(here, every.numpy())
         for group in groups:
             wait()
-            top, bottom = group[0], group[-1]
-            values = torch.addmm(rest[start:stop, top:bottom], before, rest[:start, top:bottom], alpha=-1)
-            if between is None:
-                handed, near = torch.zeros_like(values), None
-            else:
-                handed = errors[:, :top] @ between[:top, top:bottom]
-                near = between[top:bottom, top:bottom].contiguous()
-            found = columns.order[start:stop].numpy(), order[top:bottom].numpy()
-            visit(Part(*found, (start, top), np.array(group) - top, values, handed, upper, near))
-            rest[start:stop, top:bottom], errors[:, top:bottom] = values, handed
+            own = slice(group[0], group[-1])
+            weights, near = rest[here, own].contiguous(), above.near(own)
+            values = torch.addmm(weights, before, rest[:start, own]) if every is None else every[:, own].contiguous()
+            handed = above.handed(left, own)
+            place, cuts = (start, own.start), np.array(group) - own.start
+            arrays = weights.numpy(), values.numpy(), handed.numpy(), between, near.numpy()
+            visit(Patch(columns.order[here].numpy(), order[own].numpy(), place, cuts, *arrays))
+            rest[here, own], left[:, own] = weights, values
             done()
 
-    in_step(descend, range(0, len(rest), size), len(groups))
+    in_step(descend, range(0, len(rest), size), 1 if begin else len(groups))
+
+
+@dataclass
+class _Above:
+    """What rows hand on to later rows of the same columns; of those far above, for FAR rows at once."""
+
+    spread: Tensor | None  # [out, out]
+    base: int = 0
+    far: Tensor | None = None  # [C, FAR], of the rows above `base`
+
+    def near(self, own: slice) -> Tensor:
+        """`spread` of these rows, [R, R], or [0, 0]."""
+        return torch.zeros(0, 0) if self.spread is None else self.spread[own, own].contiguous()
+
+    def handed(self, left: Tensor, own: slice) -> Tensor:
+        """Arguments: `left`, F^T of all rows, [C, out]. Returns: what is handed to rows `own`, [C, R]."""
+        if self.spread is None:
+            return left.new_zeros(len(left), own.stop - own.start)
+        if self.far is None or own.stop > self.base + self.far.shape[1]:
+            stop = max(own.stop, own.start + FAR)
+            self.base, self.far = own.start, _products(left[:, : own.start], self.spread[: own.start, own.start : stop])
+        first, last = own.start - self.base, own.stop - self.base
+        above = slice(self.base, own.start)
+        return torch.addmm(self.far[:, first:last], left[:, above], self.spread[above, own])
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left [n, k] right [k, m], columns of it beside each other."""
+    found = left.new_empty(len(left), right.shape[1])
+
+    def take(own: slice) -> None:
+        torch.mm(left, right[:, own], out=found[:, own])
+
+    with team(found.shape[1]) as run:
+        run(take, triangular.tiles(found.shape[1]))
+    return found
 
 
 def _groups(edges: Sequence[int]) -> list[list[int]]:
@@ -292,8 +317,3 @@ def _groups(edges: Sequence[int]) -> list[list[int]]:
             found.append(found[-1][-1:])
         found[-1].append(edge)
     return found
-
-
-def spread(found: Factor) -> Tensor:
-    """What a unit of error in one row takes from the targets of later rows, float32 [out, out], in rounding order."""
-    return found.upper / found.upper.diagonal()[:, None]

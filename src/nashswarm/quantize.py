@@ -69,7 +69,7 @@ class Model:
     index: ModelIndex
     record: artifacts.SourceRecord
     checkpoint: Checkpoint
-    statistics: Callable[[str], Statistics | None]
+    statistics: Callable[..., Statistics | None]  # of a tensor; as `artifacts.read_statistics`
 
 
 def open_model(layout: artifacts.Layout, name: str) -> Model:
@@ -324,12 +324,7 @@ def encode(
 
 def _encode(model: Model, tensor: TensorSpec, method: Method, choice: Choice, aim: Aim | None = None) -> Any:
     """One matrix, packed, or rounded where its codec has two passes."""
-    codec, job = load_room("codecs", method.codec), _job(model, tensor, method, choice)
-    if aim is not None:
-        job = dataclasses.replace(job, weight=aim.weight)
-        if aim.second_moment is not None and job.statistics is not None:
-            statistics = dataclasses.replace(job.statistics, second_moment=aim.second_moment)
-            job = dataclasses.replace(job, statistics=statistics)
+    codec, job = load_room("codecs", method.codec), _job(model, tensor, method, choice, aim)
     return (codec.round_one if hasattr(codec, "round_one") else codec.encode)(job, method.codec_settings)
 
 
@@ -567,7 +562,11 @@ def _offer(model: Model, tensor: TensorSpec, method: Method, needs_importance: b
     return Offer(tensor, importance.reshape(-1).numpy())
 
 
-def _job(model: Model, tensor: TensorSpec, method: Method, choice: Choice) -> Job:
-    weight = model.checkpoint.tensor(tensor)
-    importance = load_room("importance", method.importance).importance(weight) if choice.classes else None
-    return Job(tensor, weight, choice, importance, model.statistics(tensor.name))
+def _job(model: Model, tensor: TensorSpec, method: Method, choice: Choice, aim: Aim | None = None) -> Job:
+    """With an aim, neither the original's weights nor its inputs' moment are read, but for importance."""
+    weight = aim.weight if aim else model.checkpoint.tensor(tensor)
+    importance = None
+    if choice.classes:
+        importance = load_room("importance", method.importance).importance(model.checkpoint.tensor(tensor))
+    measured = [] if aim is None or aim.second_moment is None else [aim.second_moment]
+    return Job(tensor, weight, choice, importance, model.statistics(tensor.name, *measured))

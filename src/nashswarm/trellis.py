@@ -97,35 +97,27 @@ def decisions(edges: NDArray[np.int64], interacting: bool) -> list[int]:
     return [*(row for a, b in pairwise(map(int, edges)) for row in range(a, b, PATCH)), int(edges[-1])]
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """A patch' rows, piece by piece, at the end of each of which paths are decided; no more than PATCH, if they
-    interact."""
-
-    edges: NDArray[np.int64]  # [pieces + 1], the first row of each, and the end
-    fresh: NDArray[np.bool_]  # [pieces], whether the machine starts anew there
-
-
 def round_patch(
     patch: Patch,
     rows: NDArray[np.float32],
     columns: NDArray[np.float32],
     states: NDArray[np.uint8],
     found: Machine,
-    pieces: Pieces | None = None,
+    fresh: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.int32]:
     """Round a patch in place, as `Patch` says, and return its codes, int32 [columns, rows].
 
     Arguments: `rows`, float32 [rows], and `columns`, float32 [columns]: a step is their product; `states`, uint8
     [columns], in which the machine comes to the first row of every column, START where a block begins, and in which
-    it leaves the last; `pieces`, one if there are no others. Codes from LARGEST on, and those of what is not finite,
-    become OUT_OF_BOUNDS.
+    it leaves the last; `fresh`, bool [pieces], where the machine starts anew, nowhere if there is none. Paths are
+    decided at the end of each piece, which has no more than PATCH rows, if they interact. Codes from LARGEST on, and
+    those of what is not finite, become OUT_OF_BOUNDS.
     """
     codes = np.empty(patch.values.shape, np.int32)
-    pieces = pieces or Pieces(np.array([0, len(rows)]), np.zeros(1, np.bool_))
+    fresh = np.zeros(len(patch.edges) - 1, np.bool_) if fresh is None else fresh
     halves, kernel = found.quantizer * np.float32(0.5), _kernel(len(found.quantizer))
-    given = patch.values, patch.handed, patch.upper, patch.spread, rows, columns, halves, found.ways
-    kernel(*given, states, codes, pieces.edges, pieces.fresh)
+    given = patch.weights, patch.values, patch.handed, patch.between, patch.spread, rows, columns, halves, found.ways
+    kernel(*given, states, codes, patch.edges, fresh)
     return codes
 
 
@@ -141,11 +133,13 @@ def _kernel(states: int) -> Callable[..., None]:
     for part in beside:
         register_jitable(part)
 
-    def kernel(values, handed, upper, spread, rows, columns, halves, ways, start, codes, edges, fresh):  # type: ignore[no-untyped-def]
-        _round(states, values, handed, upper, spread, rows, columns, halves, ways, start, codes, edges, fresh)
+    def kernel(weights, values, handed, between, spread, rows, columns, halves, ways, start, codes, edges, fresh):  # type: ignore[no-untyped-def]
+        _round(
+            states, weights, values, handed, between, spread, rows, columns, halves, ways, start, codes, edges, fresh
+        )
 
     vector, matrix = "float32[::1]", "float32[:, ::1]"
-    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
+    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
     return jit.compiled(
         kernel, f"void({patch}, {vector}, int64[:, ::1], uint8[::1], int32[:, ::1], int64[::1], b1[::1])"
     )
@@ -153,9 +147,10 @@ def _kernel(states: int) -> Callable[..., None]:
 
 def _round(
     states: int,
+    all_weights: NDArray[np.float32],
     all_values: NDArray[np.float32],
     all_handed: NDArray[np.float32],
-    upper: NDArray[np.float32],
+    between: NDArray[np.float32],
     spread: NDArray[np.float32],
     all_rows: NDArray[np.float32],
     columns: NDArray[np.float32],
@@ -170,17 +165,16 @@ def _round(
 
     What is known of the best path into each state lies in one array, so that the compiler sees that nothing in it
     overlaps. In units of `states`: 0 targets, 1 what the paths cost, 2 halves; then, of codes of even parity and of
-    odd, 3 and 4 codes, 5 and 6 costs, 7 and 8 errors.
+    odd, 3 and 4 codes, 5 and 6 costs, 7 and 8 what is left of the value.
     """
-    work, interact = np.empty(9 * states, np.float32), len(spread) > 0
+    work, error, interact = np.empty(9 * states, np.float32), np.empty(states, np.float32), len(spread) > 0
     own, later = np.zeros((states, PATCH), np.float32), np.zeros((states, PATCH), np.float32)
     for piece in range(len(fresh)):
         first, last = edges[piece], edges[piece + 1]
-        values, handed = _cut(all_values, first, last), _cut(all_handed, first, last)
+        weights, values = _cut(all_weights, first, last), _cut(all_values, first, last)
         rows, codes, count = all_rows[first:last], np.empty(values.shape, np.int32), last - first
         padded = np.zeros((count, PATCH), np.float32)
-        way, error = np.empty((count, states), np.uint8), np.empty((count, states), np.float32)
-        code = np.empty((count, states), np.float32)
+        way, code = np.empty((count, states), np.uint8), np.empty((count, states), np.float32)
         if interact:
             padded[:, :count] = spread[first:last, first:last]
         if fresh[piece]:
@@ -190,27 +184,27 @@ def _round(
                 work[states + state], work[2 * states + state] = np.float32(np.inf), halves[state]
                 if interact:
                     for row in range(count):
-                        own[state, row] = values[column, row] - handed[column, row]
+                        own[state, row] = values[column, row] + all_handed[column, first + row]
             work[states + start[column]], steps = np.float32(0), rows * columns[column]
             for row in range(count):
                 for state in range(states):
                     work[state] = own[state, row] if interact else values[column, row]
-                _extend(states, work, steps[row])
-                _choose(states, work, ways, way[row], error[row], code[row])
+                _extend(states, work, steps[row], values[column, row])
+                _choose(states, work, ways, way[row], error, code[row])
                 if interact:
-                    _hand_on(states, way[row], error[row], padded[row], own, later)
+                    _hand_on(states, way[row], error, padded[row], own, later)
                     own, later = later, own
             best = 0
             for state in range(1, states):
                 if work[states + state] < work[states + best]:
                     best = state
             start[column] = best
-            _trace(states, best, way, error, code, halves, steps, codes[column], values[column], handed[column])
-            _hand_over(values, column, upper)
-        for whole, part in ((all_values, values), (all_handed, handed)):
+            _trace(states, best, way, code, halves, steps, codes[column], values[column], weights[column])
+            _hand_over(values, weights[column], column, between)
+        for whole, part in ((all_values, values), (all_weights, weights)):
             _paste(whole, first, part)
         _paste(all_codes, first, codes)
-        _hand_down(all_handed, first, last, spread)
+        _hand_down(all_handed, values, first, last, spread)
 
 
 def _cut(whole: NDArray[np.float32], first: int, last: int) -> NDArray[np.float32]:
@@ -229,26 +223,28 @@ def _paste(whole: NDArray[Any], first: int, part: NDArray[Any]) -> None:
             whole[column, first + row] = part[column, row]
 
 
-def _hand_over(values: NDArray[np.float32], column: int, upper: NDArray[np.float32]) -> None:
-    """What is left of a column to all columns behind it."""
-    for row in range(values.shape[1] if len(upper) else 0):
-        values[column, row] /= upper[column, column]
-    for later in range(column + 1, len(upper)):
+def _hand_over(
+    values: NDArray[np.float32], left: NDArray[np.float32], column: int, between: NDArray[np.float32]
+) -> None:
+    """What is left of a column's weights to all columns behind it."""
+    for later in range(column + 1, len(between)):
         for row in range(values.shape[1]):
-            values[later, row] -= upper[column, later] * values[column, row]
+            values[later, row] += between[column, later] * left[row]
 
 
-def _hand_down(handed: NDArray[np.float32], first: int, last: int, spread: NDArray[np.float32]) -> None:
-    """The errors of a piece to all rows behind it, where rows interact."""
+def _hand_down(
+    handed: NDArray[np.float32], left: NDArray[np.float32], first: int, last: int, spread: NDArray[np.float32]
+) -> None:
+    """What is left of a piece's values to all rows behind it, where rows interact."""
     for column in range(len(handed) if len(spread) else 0):
         for row in range(first, last):
-            error = handed[column, row]
+            error = left[column, row - first]
             for later in range(last, len(spread)):
                 handed[column, later] += error * spread[row, later]
 
 
-def _extend(states: int, work: NDArray[np.float32], step: np.float32) -> None:
-    """The nearest code of either parity from every state; in float32, and without a branch."""
+def _extend(states: int, work: NDArray[np.float32], step: np.float32, value: np.float32) -> None:
+    """The nearest code of either parity from every state, and what is left of the value; in float32, no branch."""
     zero, half, one, two = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
     beyond, inverse = np.float32(RADIUS + 1), one / step
     for s in range(states):
@@ -271,8 +267,8 @@ def _extend(states: int, work: NDArray[np.float32], step: np.float32) -> None:
         work[4 * states + s] = sign * (other if swap else near)
         work[5 * states + s] = np.float32(np.inf) if neither else (other_cost if odd else near_cost)
         work[6 * states + s] = other_cost if swap else near_cost
-        work[7 * states + s] = target - sign * ((other_size if odd else near_size) * step)
-        work[8 * states + s] = target - sign * ((other_size if swap else near_size) * step)
+        work[7 * states + s] = value - sign * ((other_size if odd else near_size) * step)
+        work[8 * states + s] = value - sign * ((other_size if swap else near_size) * step)
 
 
 def _choose(
@@ -301,30 +297,30 @@ def _hand_on(
     own: NDArray[np.float32],
     later: NDArray[np.float32],
 ) -> None:
-    """The targets of a patch's rows on each path, with this row's error; those of rows before are not read again."""
+    """The targets of a piece's rows on each path, with what this one left; those of rows before are not read again."""
     for s in range(states):
         before, mine = way[s] & (states - 1), error[s]
         for row in range(PATCH):
-            later[s, row] = own[before, row] - mine * spread[row]
+            later[s, row] = own[before, row] + mine * spread[row]
 
 
 def _trace(
     states: int,
     best: int,
     way: NDArray[np.uint8],
-    error: NDArray[np.float32],
     code: NDArray[np.float32],
     halves: NDArray[np.float32],
     steps: NDArray[np.float32],
     codes: NDArray[np.int32],
     values: NDArray[np.float32],
-    handed: NDArray[np.float32],
+    weights: NDArray[np.float32],
 ) -> None:
-    """Along the path that ends in state `best`: its codes and errors, and what they leave of the values."""
+    """Along the path that ends in state `best`: its codes, and what they leave of values and weights."""
     for row in range(len(codes) - 1, -1, -1):
         found = code[row, best]
-        handed[row] = error[row, best]
         best = way[row, best] & (states - 1)
         codes[row] = np.int32(found) if abs(found) < np.float32(LARGEST) else OUT_OF_BOUNDS
         shift = halves[best] if found > 0 else -halves[best] if found < 0 else np.float32(0)
-        values[row] -= (found - shift) * steps[row]
+        rounded = (found - shift) * steps[row]
+        values[row] -= rounded
+        weights[row] -= rounded

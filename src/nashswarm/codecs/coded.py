@@ -2,9 +2,9 @@
 
 A grid of step s costs about h - log2 s bits a weight after entropy coding and leaves an error of s^2 / 12 (with the two
 grids of a trellis, 0.8 of it at the same bits: see `trellis`). With feedback on both sides (see `feedback`) the loss is
-1/2 sum_rc rows_r (e_rc / U_cc)^2; at equal slope -dD/dR, then,
+1/2 sum_rc rows_r (e_rc D_c)^2; at equal slope -dD/dR, then,
 
-    s_rc = k * U_cc * rho_r,    rho_r = rows_r^-a / sqrt(mean(rows^(1 - 2a)))
+    s_rc = k / D_c * rho_r,    rho_r = rows_r^-a / sqrt(mean(rows^(1 - 2a)))
 
 with one k for the whole model in the limit of high rates; at low rates the market sets one k per matrix by measured
 curves. a = 1/2 is the theory for high rates, and is used for projections; tables whose rows are tokens have a = 1/4,
@@ -176,7 +176,7 @@ def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps
 
 
 def _steps(columns: feedback.Factor, rows: Tensor, exponent: float) -> Steps:
-    """Steps at k = 1: U_cc * rows_r^-a / sqrt(mean(rows^(1 - 2a)))."""
+    """Steps at k = 1: rows_r^-a / D_c / sqrt(mean(rows^(1 - 2a)))."""
     mean = float(rows.mean())
     relative = (rows / mean).clamp(min=1e-6)
     rho = -exponent * relative.log2() - 0.5 * torch.log2(relative.pow(1 - 2 * exponent).mean() * mean)
@@ -262,10 +262,10 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     begins[blocks] = True
     states = np.empty(len(codes), np.uint8)  # of the machine in every column, in rounding order
 
-    def visit(part: feedback.Part) -> None:
-        patch, own = part.whole(), states[part.place[0] :][: len(part.columns)]
-        pieces = trellis.Pieces(part.edges, begins[part.edges[:-1] + patch.first])
-        found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine, pieces)
+    def visit(patch: Patch) -> None:
+        column, first = patch.place
+        own, fresh = states[column:][: len(patch.columns)], begins[patch.edges[:-1] + first]
+        found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine, fresh)
         if found.min() == trellis.OUT_OF_BOUNDS:
             raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
         codes[patch.columns[:, None], patch.rows] = found

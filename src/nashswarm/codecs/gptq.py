@@ -7,6 +7,8 @@ with squared errors weighted by input power. Embeddings and the head are rounded
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
         return (found - zero) * scale.float()
 
     factor, edges = feedback.factor(moment, job.tensor.name), [0, len(job.weight)]
-    feedback.sweep(job.weight, factor, None, feedback.BLOCK, edges, lambda part: part.round_columns(quantize))
+    visit = partial(feedback.round_columns, quantize=quantize)
+    feedback.sweep(job.weight, factor, None, feedback.BLOCK, edges, visit)
     grids = (scales, None if settings.symmetric else zeros)
     return grouped.packed_groups("gptq", job.tensor, codes.T.contiguous(), *grids, bits, group)
 

@@ -72,7 +72,8 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
 def offer(job: Job, settings: Settings) -> Candidates:
     """Bytes and damage of a matrix at every width that is for sale. Raises InputError where it has no statistics."""
     model = curvature(job)
-    return priced(job, settings, lambda error: float(((error @ model.inputs) * error).sum(1) @ model.rows))
+    inputs = model.inputs.double()
+    return priced(job, settings, lambda error: float(((error @ inputs) * error).sum(1) @ model.rows))
 
 
 def curvature(job: Job) -> feedback.Curvature:

@@ -27,7 +27,7 @@ A plane of p bits has P = C p / 8 bytes for every row; byte k0 holds the bits of
 lie as [P / 4][R][4]: byte k0 of row r is at ((k0 // 4) R + r) 4 + k0 % 4. So 64 bytes are 16 rows x 4 k for a vector
 unit, and an int32 is four codes of one row at a time.
 
-The market sees a tile's damage as 1/2 sum_rc rows_r (e_rc / U_cc)^2, e the rounding error on grids of its own that are
+The market sees a tile's damage as 1/2 sum_rc rows_r (e_rc D_c)^2, e the rounding error on grids of its own that are
 searched with these weights, and a surcharge where a row loses much of itself (`_beyond_local`). When a group of columns
 comes up in rounding, its grids are fitted once more, to the weights as feedback left them.
 """
@@ -45,6 +45,8 @@ from torch import Tensor
 from nashswarm import clipped, feedback
 from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.clipped import STEPS_PER_OCTAVE
+from nashswarm.patches import PATCH, Patch
+from nashswarm.threads import team
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
@@ -60,7 +62,7 @@ LIMIT = 100  # log2 of the largest weights that are taken; float32 ends at 128
 LARGEST_SIDE = 4096  # of a tile
 # Steps of 1/8 octave that are tried, from the one that clips nothing downwards. Of 128 normal weights the best lies 6
 # below at 1 bit, 4 at 2 bits, 1 at 3 bits.
-TRIES = {1: 14, 2: 14, 3: 11, 4: 8, 5: 6, 6: 5, 8: 4}
+TRIES = np.array([1, 14, 14, 11, 8, 6, 5, 5, 4])  # by bits
 # Of the outputs' mean Fisher information, as in `coded`. On the reference model at 2.5 bits, rise in loss by damping,
 # width 0 left out: 0.5: 0.261, 1: 0.272, 2: 0.303.
 OUTPUT_DAMPING = 0.5
@@ -69,6 +71,7 @@ OUTPUT_DAMPING = 0.5
 # 0.100, 4: 0.259 and 0.077, 8: 0.262 and 0.078.
 BEYOND = 4.0
 APART = 1024  # rows that are rounded together where they do not interact
+FITTED = 64  # strips whose grids are fitted together
 CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 
 
@@ -134,9 +137,9 @@ class _Cut:
 
 
 def _loss_model(job: Job) -> tuple[feedback.LossModel, np.ndarray]:
-    """And the columns' weights 1 / U_cc^2 in rounding order, mean 1, float32 [in]."""
+    """And the columns' weights D_c^2 in rounding order, mean 1, float32 [in]."""
     model = feedback.loss_model(job, "tiles", feedback.DAMPING, OUTPUT_DAMPING, act_order=True)
-    power = model.columns.upper.diagonal().double() ** -2
+    power = model.columns.pivot.square()
     return model, (power / power.mean()).float().numpy()
 
 
@@ -159,11 +162,8 @@ def _fit_tiles(values: np.ndarray, power: np.ndarray, widths: np.ndarray, rows: 
     step 0 where that is nearer.
     """
     nothing, nowhere = power @ np.square(values), -(1 << 30)
-    best = np.full(len(widths), nowhere)
-    for bits in TILE_WIDTHS[1:]:
-        members = (widths == bits).nonzero()[0]
-        found, error = _fit(np.ascontiguousarray(values[:, members]), power, bits)
-        best[members] = np.where(error < nothing[members], found, nowhere)
+    found, error = _fit(values, power, widths)
+    best = np.where((error < nothing) & (widths > 0), found, nowhere)
     strips = np.pad(best, (0, -len(best) % rows), constant_values=nowhere).reshape(-1, rows)
     tile = (strips.max(1, keepdims=True) + OFFSET - (LEVELS - 1)).clip(0, TOP)
     row = (strips + OFFSET - tile).clip(0, LEVELS - 1)
@@ -172,9 +172,9 @@ def _fit_tiles(values: np.ndarray, power: np.ndarray, widths: np.ndarray, rows: 
     return tile[:, 0].astype(np.uint8), np.where(useful, row + 1, 0).astype(np.uint8)
 
 
-def _fit(values: np.ndarray, power: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit(values: np.ndarray, power: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Best steps and errors of rows, values float32 [columns, rows], as by `clipped.search`."""
-    return clipped.search(values, power, 2.0 ** (bits - 1), TRIES[bits])
+    return clipped.search(values, power, _half(widths), TRIES[widths])
 
 
 def _half(widths: np.ndarray) -> np.ndarray:
@@ -207,7 +207,7 @@ def offer(job: Job, settings: Settings) -> Candidates:
         values, own = weight.T[model.columns.order[here]].contiguous().numpy(), power[here]
         nothing = own @ np.square(values)
         for i, bits in enumerate(settings.widths):
-            error = _fit(values, own, bits)[1] if bits else nothing
+            error = _fit(values, own, np.full(len(rows), bits))[1] if bits else nothing
             distortion[:, k, i] = np.add.reduceat(rows * _beyond_local(error, nothing), strips)
     sizes = np.array([cut.bytes_of(bits) for bits in settings.widths], np.float64)
     sizes += sum(cut.map_bytes) / (cut.strips * cut.tiles)
@@ -258,30 +258,38 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     widths = _widths(job, cut)
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
-    out = cut.shape[0]
-    high = out if model.spread is not None else cut.rows * max(1, APART // cut.rows)  # rows in order: a strip is whole
+    out, order = cut.shape[0], np.arange(cut.shape[0]) if model.spread is None else model.spread.order.numpy()
+    places = np.argsort(order)  # of the matrix's rows
+    strips = [slice(i, i + FITTED) for i in range(0, cut.strips, FITTED)]
 
-    def visit(part: feedback.Part) -> None:
-        (column, first), count = part.place, len(part.rows)
-        k, strips = column // cut.columns, slice(first // cut.rows, -(-(first + count) // cut.rows))
-        here, own = slice(column, column + len(part.columns)), np.repeat(widths[strips, k], cut.rows)[:count]
-        values = torch.empty_like(part.values)
-        values[:, part.rows - first] = part.values
-        tile[strips, k], row[strips, k] = found = _fit_tiles(values.numpy(), power[here], own, cut.rows)
-        steps = _steps(*found, -OFFSET).reshape(-1)[:count]
-        halves, middles = _half(own) * (steps > 0), _middles(*found).reshape(-1)[:count]
-        for patch in part.patches():
-            at = patch.rows - first
-            codes[here, patch.rows] = clipped.round_patch(patch, steps[at], halves[at], middles[at]) + halves[at]
+    def begin(here: slice, values: np.ndarray) -> None:
+        """Fit the grids of all tiles of these columns."""
+        k = here.start // cut.columns
 
-    feedback.sweep(weight, model.columns, model.spread, cut.columns, [*range(0, out, high), out], visit)
-    places = _file_order(widths)
+        def fit(own: slice) -> None:
+            rows = slice(own.start * cut.rows, own.stop * cut.rows)
+            wide = np.repeat(widths[own, k], cut.rows)[: out - rows.start]
+            tile[own, k], row[own, k] = _fit_tiles(values.take(places[rows], 1), power[here], wide, cut.rows)
+
+        with team(len(strips)) as run:
+            run(fit, strips)
+
+    def visit(patch: Patch) -> None:
+        here, k = slice(patch.place[0], patch.place[0] + len(patch.columns)), patch.place[0] // cut.columns
+        strip, inside = np.divmod(patch.rows, cut.rows)
+        found = tile[strip, k], row[strip, k, inside, None]
+        steps, middles = _steps(*found, -OFFSET)[:, 0], _middles(*found)[:, 0]
+        halves = _half(widths[strip, k]) * (steps > 0)
+        codes[here, patch.rows] = clipped.round_patch(patch, steps, halves, middles) + halves
+
+    edges = [*range(0, out, APART if model.spread is None else PATCH), out]
+    feedback.sweep(weight, model.columns, model.spread, cut.columns, edges, visit, begin)
+    stored = _file_order(widths)
     index = np.searchsorted(TILE_WIDTHS, widths)
-    order = model.columns.order.numpy()
     arrays = {
         "codes": _pack_codes(codes, widths, cut),
-        "scales": np.concatenate([_pack_nibbles(row[places]), tile[places]]),
-        "map": np.concatenate([pack(index, INDEX_BITS), pack(order, cut.order_bits)]),
+        "scales": np.concatenate([_pack_nibbles(row[stored]), tile[stored]]),
+        "map": np.concatenate([pack(index, INDEX_BITS), pack(model.columns.order.numpy(), cut.order_bits)]),
     }
     scalars = {"rows": cut.rows, "columns": cut.columns, "base": STEPS_PER_OCTAVE * exponent - OFFSET}
     return PackedTensor("tiles", cut.shape, arrays, scalars)

@@ -91,3 +91,30 @@ def test_a_crew_is_as_large_as_is_said(threads: int) -> None:
     finally:
         set_crew(0)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("members", "most", "share"), [(2, 2, 1), (5, 3, 1), (7, 3, 2), (16, 8, 2), (8, 2, 4)])
+def test_a_small_team_shares_out_its_crew(members: int, most: int, share: int) -> None:
+    def own(number: int) -> tuple[int, int, int]:
+        return number, crew(), torch.get_num_threads()
+
+    def work(number: int) -> list[tuple[int, int, int]]:
+        assert own(number) == (number, share, 1)
+        meet = threading.Barrier(share, timeout=20)
+        with team(share) as run:
+            found = run(lambda item: (meet.wait(), own(item))[1], range(share))
+        places = list[int]()
+        in_step(lambda item, wait, done: (wait(), places.append(item), done())[2], range(3), 1)
+        assert places == [0, 1, 2]
+        assert own(number) == (number, share, 1)
+        return found
+
+    before = torch.get_num_threads()
+    set_crew(members)
+    try:
+        with team(most) as run:
+            assert run(work, range(9)) == [[(item, 1, 1) for item in range(share)]] * 9
+        assert crew() == members
+    finally:
+        set_crew(0)
+    assert torch.get_num_threads() == before

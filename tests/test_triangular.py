@@ -11,7 +11,14 @@ from torch import Tensor
 from nashswarm import triangular
 from nashswarm.threads import set_crew
 
-SIZES = (1, 7, triangular.TILE, triangular.TILE + 1, 3 * triangular.TILE + 50)
+LARGE = 2 * triangular.TILE  # rows from which on panels are wide, here
+# One panel; several; and behind those one that is hardly wide, one as wide as can be, and several.
+SIZES = (1, 7, *(triangular.TILE * tiles + more for tiles, more in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (5, 50))))
+
+
+@pytest.fixture(autouse=True)
+def _wide_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangular, "LARGE", LARGE)
 
 
 def definite(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,6 +53,16 @@ def test_the_factor_is_one(size: int) -> None:
     torch.testing.assert_close(inverse_of(found) @ upper, torch.eye(size, dtype=matrix.dtype), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("count", [1, 2048, 2049, 6400])
+def test_panels_are_next_to_each_other(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    found = triangular.panels(count)
+    assert [place for own in found for place in range(own.start, own.stop)] == [*range(count)]
+    widths = [own.stop - own.start for own in found[:-1]]
+    assert widths == sorted(widths)
+    assert {*widths} <= {triangular.TILE, 2 * triangular.TILE}
+
+
 @pytest.mark.parametrize("columns", [1, 40, 300])
 @pytest.mark.parametrize("size", SIZES)
 def test_solutions_solve(size: int, columns: int) -> None:
@@ -57,16 +74,18 @@ def test_solutions_solve(size: int, columns: int) -> None:
     assert torch.equal(right, kept)
 
 
-@pytest.mark.parametrize("place", [0, 100, 200, 299])
-def test_what_is_not_positive_definite_has_no_factor(place: int) -> None:
-    matrix = definite(300)
+@pytest.mark.parametrize("place", [0, 100, 200, 299, 600, 699])
+def test_what_is_not_positive_definite_has_no_factor(place: int, members: int) -> None:
+    matrix = definite(700)
     matrix[place, place] = -1
     assert triangular.factored(matrix) is None
 
 
+@pytest.mark.parametrize("size", [200, 500, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_threads_change_no_digit(dtype: torch.dtype, members: int) -> None:
-    matrix, right = definite(500, dtype), torch.randn(500, 200, dtype=dtype, generator=torch.Generator().manual_seed(0))
+def test_threads_change_no_digit(dtype: torch.dtype, size: int, members: int) -> None:
+    right = torch.randn(size, 200, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    matrix = definite(size, dtype)
 
     def every() -> list[Tensor]:
         found = triangular.factored(matrix.clone())

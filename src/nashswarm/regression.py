@@ -21,7 +21,6 @@ from nashswarm.threads import all_hands, team
 
 RIDGES = (0.03, 0.2, 1.0, 5.0, math.inf)  # of the inputs' mean power; the last one corrects nothing
 JUDGED = 64  # outputs by which a ridge is chosen
-LARGE = 2048  # inputs from which on one regression keeps a crew of threads busy
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 EDGE = 256  # rows of a moment that are formed together
 CHUNK = 1 << 18  # numbers that a thread adds at a time
@@ -149,8 +148,9 @@ class Sums:
             return halves[1 - fold].error(halves[fold].regress(ridge))
 
         trials = [(ridge, fold) for ridge in RIDGES for fold in (0, 1)]
+        solved = sum(ridge < math.inf for ridge, _ in trials)  # the others come last and take little time
         # A GPU's libraries are not to be called first by several threads.
-        with team(len(trials) if device == CPU and len(halves[0].moment) < LARGE else 1) as run:
+        with team(solved if device == CPU else 1) as run:
             errors = run(judge, trials)
         return RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
 

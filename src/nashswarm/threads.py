@@ -43,11 +43,15 @@ def set_threads(count: int) -> None:
 
 
 @contextmanager
-def single_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads for Python, each of which lets torch compute with one."""
+def single_threads(count: int, own: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """So many threads for Python, each of which lets torch compute with one and has a crew of `own`."""
     import torch
 
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    def begin() -> None:
+        torch.set_num_threads(1)
+        set_crew(own)
+
+    with ThreadPoolExecutor(count, initializer=begin) as pool:
         try:
             yield pool
         finally:
@@ -78,12 +82,16 @@ class Team(Protocol):
 
 @contextmanager
 def team(most: int) -> Iterator[Team]:
-    """The crew, but no more than `most` of it; torch computes with one thread each. Alone, this thread as it is."""
-    count = min(crew(), most)
+    """The crew, but no more than `most` of it; torch computes with one thread each. Alone, this thread as it is.
+
+    Where there are more in the crew, each has an equal share of them for its own crew, whole threads.
+    """
+    whole = crew()
+    count = min(whole, most)
     if count < 2:
         yield lambda work, items: [work(item) for item in items]
         return
-    with single_threads(count) as pool:
+    with single_threads(count, whole // count) as pool:
         yield lambda work, items: list(pool.map(work, items))
 
 

@@ -1,22 +1,30 @@
 """Factors of positive definite matrices, by a crew of threads (see `threads`) whose number changes no digit.
 
-Libraries cut their work by the number of threads, and late digits follow. Here it is cut into tiles of one size, each a
-product of matrices that one thread computes, whichever it is. One thread is as fast with it, but for many columns that
-are solved for in float64 (half as slow again); and where a matrix is all that a machine waits for, all of its cores
-take part.
+Libraries cut their work by the number of threads, and late digits follow. Here it is cut by the matrix' size alone,
+each piece a product of matrices that one thread computes, whichever it is. One thread is as fast with it, but for many
+columns that are solved for in float64 (half as slow again); and where a matrix is all that a machine waits for, all of
+its cores take part.
+
+A factor comes panel by panel, from the last columns to the first. Behind each, everything before it is updated, by as
+many threads as there are; the next panel's tile on the diagonal comes first and is factored at once, so that only the
+smallest matrices wait for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from threading import Event
 
 import torch
 from torch import Tensor
 
-from nashswarm.threads import in_step, team
+from nashswarm.threads import Team, team
 
 TILE = 128  # rows and columns
+LARGE = 2048  # rows from which on panels are twice as wide: where much is before them, fewer pieces are as fast
 LEAST = 16  # columns that are solved for together, where there are few
 
 
@@ -25,32 +33,45 @@ def tiles(count: int, size: int = TILE) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
+def panels(count: int) -> list[slice]:
+    """Columns that are factored together."""
+    narrow = min(count, LARGE)
+    wide = [slice(narrow + own.start, narrow + own.stop) for own in tiles(count - narrow, 2 * TILE)]
+    return tiles(narrow) + wide
+
+
 @dataclass(frozen=True, slots=True)
 class Factored:
     """R, upper triangular, with M = R R^T."""
 
     upper: Tensor  # [n, n]; below the diagonal there is anything
-    pivots: list[Tensor]  # the inverses of R's tiles on the diagonal
+    places: list[slice]  # of R's tiles on the diagonal
+    pivots: list[Tensor]  # their inverses
 
     def inverse(self, take: Callable[[slice, Tensor], None]) -> None:
-        """Hand R^-1, which is upper triangular, to `take(columns, values [columns.stop, TILE])`, tile by tile."""
-        places = tiles(len(self.upper))
+        """Hand R^-1, which is upper triangular, to `take(columns, values [columns.stop, TILE or fewer])`."""
 
-        def columns(last: int) -> None:
-            end = places[last]
-            found = self.upper.new_empty(end.stop, end.stop - end.start)
-            found[end] = self.pivots[last]
+        def columns(part: tuple[int, slice]) -> None:
+            last, own = part
+            end = self.places[last]
+            found = self.upper.new_empty(end.stop, own.stop - own.start)
+            found[end] = self.pivots[last][:, own.start - end.start : own.stop - end.start]
             for number in reversed(range(last)):
-                here = places[number]
+                here = self.places[number]
                 found[here] = -self.pivots[number] @ (self.upper[here, here.stop : end.stop] @ found[here.stop :])
-            take(end, found)
+            take(own, found[: own.stop])
 
-        with team(len(places)) as run:
-            run(columns, reversed(range(len(places))))  # those that take longest come first
+        parts = [
+            (number, slice(end.start + own.start, end.start + own.stop))
+            for number, end in enumerate(self.places)
+            for own in tiles(end.stop - end.start)
+        ]
+        with team(len(parts)) as run:
+            run(columns, reversed(parts))  # those that take longest come first
 
     def solve(self, right: Tensor) -> Tensor:
         """M^-1 right, [n, m]."""
-        places, found = [*zip(tiles(len(right)), self.pivots, strict=True)], torch.empty_like(right)
+        places, found = [*zip(self.places, self.pivots, strict=True)], torch.empty_like(right)
         width = max(LEAST, min(TILE, right.shape[1] // 8))
 
         def columns(own: slice) -> None:
@@ -68,33 +89,67 @@ class Factored:
 
 
 def factored(matrix: Tensor) -> Factored | None:
-    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite.
-
-    Columns of tiles come from the last to the first, each tile of them from the diagonal up; a column follows the one
-    behind it two tiles below, since it begins with what that one left of its diagonal.
-    """
-    places = tiles(len(matrix))
-    pivots = dict[int, Tensor]()
-
-    def column(number: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
-        here, behind = places[number], slice(places[number].stop, None)
-        right = matrix[here, behind].T
-        wait()
-        for row in reversed(range(number + 1)):
-            wait()
-            rows = places[row]
-            rest = torch.addmm(matrix[rows, here], matrix[rows, behind], right, alpha=-1)
-            if row == number:
-                matrix[rows, here], pivots[number] = _pivot(rest)
-            else:
-                matrix[rows, here] = rest @ pivots[number].T
-            done()
-
+    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite."""
+    places, pivots = panels(len(matrix)), list[Tensor]()
+    behind = slice(len(matrix), len(matrix))
     try:
-        in_step(column, range(len(places))[::-1], len(places) + 1)
+        with team(len(places)) as run:
+            for here in reversed(places):
+                pivots.append(_panel(matrix, here, behind, run))
+                behind = here
     except _NotDefiniteError:
         return None
-    return Factored(matrix, [pivots[number] for number in range(len(places))])
+    return Factored(matrix, places, pivots[::-1])
+
+
+def _panel(matrix: Tensor, here: slice, behind: slice, run: Team) -> Tensor:
+    """Factor a panel, [here.stop, here], once what the one behind it gives is taken off everything before that one.
+
+    Pieces are begun in the order of the list: the pivot, what is before this panel, and last this panel's rows, which
+    wait for the pivot. Returns the inverse of its tile on the diagonal.
+    """
+    ready, pivots = Event(), list[Tensor]()
+
+    def rest(rows: slice) -> Tensor:
+        return torch.addmm(matrix[rows, here], matrix[rows, behind], matrix[here, behind].T, alpha=-1)
+
+    def diagonal() -> None:
+        try:
+            matrix[here, here], pivot = _pivot(rest(here))
+            pivots.append(pivot)
+        finally:
+            ready.set()
+
+    def update(rows: slice, columns: slice) -> None:
+        matrix[rows, columns].addmm_(matrix[rows, behind], matrix[columns, behind].T, alpha=-1)
+
+    def above(rows: slice) -> None:
+        left = rest(rows)
+        ready.wait()
+        for pivot in pivots:  # none where it failed
+            torch.mm(left, pivot.T, out=matrix[rows, here])
+
+    tasks: list[Callable[[], None]] = [diagonal]
+    if behind.start < len(matrix):
+        tasks += [partial(update, *piece) for piece in _pieces(here.start)]
+    tasks += [partial(above, rows) for rows in tiles(here.start)]
+    run(_do, tasks)
+    return pivots[0]
+
+
+def _do(task: Callable[[], None]) -> None:
+    task()
+
+
+def _pieces(count: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of what is on and above the diagonal, and little below; the largest come first."""
+    width = max(8 * TILE, count // 4 // TILE * TILE)  # few pieces, since threads take turns to begin one
+    found = [
+        (rows, slice(rows.start + own.start, rows.start + own.stop))
+        for rows in tiles(count)
+        for own in tiles(count - rows.start, width)
+    ]
+    return sorted(found, key=lambda piece: math.prod(own.stop - own.start for own in piece), reverse=True)
 
 
 class _NotDefiniteError(Exception):

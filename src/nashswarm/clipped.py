@@ -71,7 +71,8 @@ def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np
 def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     vector, matrix = "float32[::1]", "float32[:, ::1]"
     search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
-    patch = f"void({', '.join([matrix] * 5 + [vector] * 3)}, int16[:, ::1])"
+    part = "float32[:, :]"
+    patch = f"void({part}, {part}, {part}, {matrix}, {part}, {vector}, {vector}, {vector}, int16[:, ::1])"
     return jit.compiled(_search, search), jit.compiled(_round, patch)
 
 
@@ -122,28 +123,31 @@ def _round(
     codes: np.ndarray,
 ) -> None:
     """PATCH rows at a time, so that what all columns need of them stays near; there are no more where rows interact."""
-    count, half = values.shape[1], np.float32(0.5)
+    (total, count), half = values.shape, np.float32(0.5)
     taken, padded = np.empty(PATCH, np.float32), np.zeros((PATCH, PATCH), np.float32)
     for first in range(0, count, PATCH):
         own = min(PATCH, count - first)
         for row in range(own if len(spread) else 0):
             padded[row, :own] = spread[first + row, first : first + own]
-        for column in range(len(values)):
+        left, value = np.empty((total, own), np.float32), np.empty((total, own), np.float32)
+        left[:], value[:] = weights[:, first : first + own], values[:, first : first + own]
+        for column in range(total):
             taken[:own] = handed[column, first : first + own]
             for place in range(own):
                 row = first + place
-                target = values[column, row] + taken[place]
+                target = value[column, place] + taken[place]
                 code, rounded = -halves[row], np.float32(0)
                 if steps[row] > 0:
                     code = np.floor(target / steps[row] + (half - middles[row]))
                     code = min(max(code, -halves[row]), halves[row] - np.float32(1))
                     rounded = (code + middles[row]) * steps[row]
                 codes[column, row] = np.int16(code)
-                values[column, row] -= rounded
-                weights[column, row] -= rounded
+                value[column, place] -= rounded
+                left[column, place] -= rounded
                 if len(spread):
                     for later in range(PATCH):  # those of rows before are not read again
-                        taken[later] += values[column, row] * padded[place, later]
+                        taken[later] += value[column, place] * padded[place, later]
             for other in range(column + 1, len(between)):
-                for row in range(first, first + own):
-                    values[other, row] += between[column, other] * weights[column, row]
+                for place in range(own):
+                    value[other, place] += between[column, other] * left[column, place]
+        weights[:, first : first + own], values[:, first : first + own] = left, value

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from nashswarm import triangular
 from nashswarm.patches import Patch
-from nashswarm.threads import all_hands, in_step, team
+from nashswarm.threads import in_step, team
 from nashswarm.types import InputError, Job, Statistics
 
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
 BLOCK = 128  # columns between two matrix products; the original's value
 GROUP = 64  # rows between two, at least
+STEPS = 48  # in which all rows are rounded, or fewer: more would cost threads more than they gain
 FAR = 1024  # rows for which what is handed on by those far above is added up at once
 # Share of a row's weight that all tokens have alike. Without it, tokens that calibration hardly saw lose nearly all
 # their bits: KL of the reference model at 3.0 bits on its own text and on WikiText-2 is 0.033 and 0.156, with it 0.033
@@ -142,7 +143,7 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
     Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
     moment that is not finite.
     """
-    if not math.isfinite(float(moment.sum(dtype=torch.float64))):
+    if not math.isfinite(float(moment.sum())):
         raise InputError(
             f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
         )
@@ -229,7 +230,7 @@ def sweep(
     visit: Callable[[Patch], None],
     begin: Callable[[slice, np.ndarray], None] | None = None,
 ) -> None:
-    """Round `weight`, float32 [out, in], patch by patch: `size` columns, and GROUP rows or few more, cut at `edges`.
+    """Round `weight`, float32 [out, in], patch by patch: `size` columns, GROUP rows or more, cut at `edges`.
 
     With both sides' factors, 1/2 tr(outputs E inputs E^T) = 1/2 sum_rc (S_r D_c G_rc)^2, where G = V^T E U and the
     outputs' moment is V S^2 V^T. G_rc is an element's plain rounding error if its target is the weight, what E before
@@ -245,29 +246,28 @@ def sweep(
     rounded: with it no columns follow each other, and a crew shares products alone.
     """
     order = torch.arange(len(weight)) if rows is None else rows.order
-    with all_hands():
-        rest = weight[order].T[columns.order].contiguous()  # [in, out]: a column is contiguous; becomes E^T
-    spread, groups = None if rows is None else rows.spread(), _groups(edges)
+    rest = _ordered(weight, order, columns.order)  # becomes E^T
+    spread, groups = None if rows is None else rows.spread(), _groups(edges, max(GROUP, len(weight) // STEPS))
 
     def descend(start: int, wait: Callable[[], None], done: Callable[[], None]) -> None:
         """Round columns from `start` on, not below the rows that the columns before have reached."""
         here = slice(start, min(start + size, len(rest)))
         unit = columns.unit(here)
         before, between, above = unit[:start].T.contiguous(), unit[start:].contiguous().numpy(), _Above(spread)
-        left = rest.new_zeros(len(between), len(weight))  # F^T
-        every = _products(before, rest[:start]).add_(rest[here]) if begin else None
-        if begin and every is not None:
-            begin(here, every.numpy())
+        left = rest.new_empty(len(between), len(weight))  # becomes F^T
+        if begin:
+            _products(before, rest[:start], left).add_(rest[here])
+            begin(here, left.numpy())
         for group in groups:
             wait()
             own = slice(group[0], group[-1])
-            weights, near = rest[here, own].contiguous(), above.near(own)
-            values = torch.addmm(weights, before, rest[:start, own]) if every is None else every[:, own].contiguous()
-            handed = above.handed(left, own)
+            weights, values = _part(rest, here, own), _part(left, slice(None), own)
+            if not begin:
+                torch.addmm(weights, before, _part(rest, slice(start), own), out=values)
+            handed, near = above.handed(left, own)
             place, cuts = (start, own.start), np.array(group) - own.start
-            arrays = weights.numpy(), values.numpy(), handed.numpy(), between, near.numpy()
+            arrays = weights.numpy(), values.numpy(), handed.numpy(), between, near
             visit(Patch(columns.order[here].numpy(), order[own].numpy(), place, cuts, *arrays))
-            rest[here, own], left[:, own] = weights, values
             done()
 
     in_step(descend, range(0, len(rest), size), 1 if begin else len(groups))
@@ -281,39 +281,55 @@ class _Above:
     base: int = 0
     far: Tensor | None = None  # [C, FAR], of the rows above `base`
 
-    def near(self, own: slice) -> Tensor:
-        """`spread` of these rows, [R, R], or [0, 0]."""
-        return torch.zeros(0, 0) if self.spread is None else self.spread[own, own].contiguous()
-
-    def handed(self, left: Tensor, own: slice) -> Tensor:
-        """Arguments: `left`, F^T of all rows, [C, out]. Returns: what is handed to rows `own`, [C, R]."""
+    def handed(self, left: Tensor, own: slice) -> tuple[Tensor, np.ndarray]:
+        """Arguments: `left`, F^T of all rows, [C, out]. Returns: what is handed to rows `own`, [C, R], and their part
+        of `spread`, [R, R], or [0, 0]."""
         if self.spread is None:
-            return left.new_zeros(len(left), own.stop - own.start)
+            return left.new_zeros(len(left), own.stop - own.start), np.zeros((0, 0), np.float32)
         if self.far is None or own.stop > self.base + self.far.shape[1]:
-            stop = max(own.stop, own.start + FAR)
-            self.base, self.far = own.start, _products(left[:, : own.start], self.spread[: own.start, own.start : stop])
-        first, last = own.start - self.base, own.stop - self.base
+            self.base, there = own.start, slice(own.start, max(own.stop, own.start + FAR))
+            every, handed_on = slice(None), _part(self.spread, slice(own.start), there)
+            self.far = left.new_empty(len(left), handed_on.shape[1])
+            _products(_part(left, every, slice(own.start)), handed_on, self.far)
+        found = _part(self.far, slice(None), slice(own.start - self.base, own.stop - self.base))
         above = slice(self.base, own.start)
-        return torch.addmm(self.far[:, first:last], left[:, above], self.spread[above, own])
+        torch.addmm(found, _part(left, slice(None), above), _part(self.spread, above, own), out=found)
+        return found, self.spread.numpy()[own, own]
 
 
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """left [n, k] right [k, m], columns of it beside each other."""
-    found = left.new_empty(len(left), right.shape[1])
+def _ordered(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows and columns of a matrix, [in, out]: a column is contiguous."""
+    found = weight.new_empty(weight.shape[::-1])
 
     def take(own: slice) -> None:
-        torch.mm(left, right[:, own], out=found[:, own])
+        found[:, own] = weight.index_select(0, rows[own]).index_select(1, columns).T
+
+    with team(len(weight)) as run:
+        run(take, triangular.tiles(len(weight)))
+    return found
+
+
+def _part(whole: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A view, by numpy: torch lets go of Python's lock for each, and sixteen threads would wait for it."""
+    return torch.from_numpy(whole.numpy()[rows, columns])
+
+
+def _products(left: Tensor, right: Tensor, found: Tensor) -> Tensor:
+    """left [n, k] right [k, m], columns of it beside each other."""
+
+    def take(own: slice) -> None:
+        torch.mm(left, _part(right, slice(None), own), out=_part(found, slice(None), own))
 
     with team(found.shape[1]) as run:
         run(take, triangular.tiles(found.shape[1]))
     return found
 
 
-def _groups(edges: Sequence[int]) -> list[list[int]]:
-    """Edges of parts next to each other, GROUP rows together or few more: products of so many rows are fast."""
+def _groups(edges: Sequence[int], least: int) -> list[list[int]]:
+    """Edges of parts next to each other, `least` rows together or few more: products of so many rows are fast."""
     found = [[edges[0]]]
     for edge in edges[1:]:
-        if found[-1][-1] - found[-1][0] >= GROUP:
+        if found[-1][-1] - found[-1][0] >= least:
             found.append(found[-1][-1:])
         found[-1].append(edge)
     return found

@@ -14,9 +14,10 @@ PATCH = 64  # rows, at most, between two decisions, where rows interact
 class Patch:
     """Columns and rows next to each other in rounding order, as the errors of those before left them. Float32.
 
-    Who rounds it goes column by column and, in a column, row by row, and overwrites it. An element's target is its
-    value and what is handed to it. The value less what it becomes is handed on to later rows of the column; the
-    weight less what it becomes to the same row of later columns, as it is without interaction of rows.
+    Who rounds it goes column by column and, in a column, row by row, and overwrites it; its arrays are parts of larger
+    ones. An element's target is its value and what is handed to it. The value less what it becomes is handed on to
+    later rows of the column; the weight less what it becomes to the same row of later columns, as it is without
+    interaction of rows.
     """
 
     columns: np.ndarray  # int64 [C], in the matrix

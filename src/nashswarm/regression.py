@@ -23,7 +23,7 @@ RIDGES = (0.03, 0.2, 1.0, 5.0, math.inf)  # of the inputs' mean power; the last 
 JUDGED = 64  # outputs by which a ridge is chosen
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
 EDGE = 256  # rows of a moment that are formed together
-CHUNK = 1 << 18  # numbers that a thread adds at a time
+CHUNK = 1 << 20  # numbers that a thread adds at a time
 CPU = torch.device("cpu")
 
 
@@ -202,7 +202,7 @@ class _System:
             return torch.zeros_like(self.product)
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
-        if moment.device == CPU:
+        if moment.device == CPU and moment.dtype == torch.float64:  # trials come beside each other
             found = triangular.factored(moment)
             return torch.zeros_like(self.product) if found is None else found.solve(self.product)
         lower, failed = torch.linalg.cholesky_ex(moment)
@@ -210,7 +210,7 @@ class _System:
 
     def error(self, found: Tensor) -> float:
         """Mean squared error of a regression's result, up to a constant."""
-        return float((found * _product(self.moment, found)).sum() - 2 * (found * self.product).sum())
+        return float((found * (self.moment @ found)).sum() - 2 * (found * self.product).sum())
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -219,11 +219,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _accumulate(total: Tensor, value: Tensor) -> None:
     """Add to it; on the processor, some numbers at a time."""
-    sums, added = total.view(-1), value.reshape(-1)
+    if total.device != CPU:
+        total += value
+        return
+    sums, added = total.view(-1).numpy(), value.reshape(-1).numpy()
 
     def add(own: slice) -> None:
-        sums[own] += added[own]
+        torch.from_numpy(sums[own]).add_(torch.from_numpy(added[own]))
 
-    parts = triangular.tiles(len(sums), CHUNK if total.device == CPU else len(sums))
+    parts = triangular.tiles(len(sums), CHUNK)
     with team(len(parts)) as run:
         run(add, parts)

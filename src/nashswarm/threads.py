@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 R = TypeVar("R")
@@ -84,7 +85,7 @@ class Team(Protocol):
 def team(most: int) -> Iterator[Team]:
     """The crew, but no more than `most` of it; torch computes with one thread each. Alone, this thread as it is.
 
-    Where there are more in the crew, each has an equal share of them for its own crew, whole threads.
+    Where the team is smaller than the crew, its members have crews of their own, of what is left over.
     """
     whole = crew()
     count = min(whole, most)
@@ -92,7 +93,28 @@ def team(most: int) -> Iterator[Team]:
         yield lambda work, items: [work(item) for item in items]
         return
     with single_threads(count, whole // count) as pool:
-        yield lambda work, items: list(pool.map(work, items))
+        yield partial(_share, pool, count)
+
+
+def _share(pool: ThreadPoolExecutor, count: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """No item has a future of its own: threads wait for each other wherever one lets go of Python's lock."""
+    given = list(items)
+    numbers, found, failed = iter(range(len(given))), dict[int, R](), dict[int, BaseException]()
+
+    def take() -> None:
+        for number in numbers:
+            if failed:
+                return
+            try:
+                found[number] = work(given[number])
+            except BaseException as error:
+                failed[number] = error
+
+    for ended in [pool.submit(take) for _ in range(min(count, len(given)))]:
+        ended.result()
+    if failed:
+        raise failed[min(failed)]
+    return [found[number] for number in range(len(given))]
 
 
 @contextmanager

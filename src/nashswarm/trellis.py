@@ -138,8 +138,8 @@ def _kernel(states: int) -> Callable[..., None]:
             states, weights, values, handed, between, spread, rows, columns, halves, ways, start, codes, edges, fresh
         )
 
-    vector, matrix = "float32[::1]", "float32[:, ::1]"
-    patch = f"{matrix}, {matrix}, {matrix}, {matrix}, {matrix}, {vector}, {vector}"
+    vector, part = "float32[::1]", "float32[:, :]"
+    patch = f"{part}, {part}, {part}, float32[:, ::1], {part}, {vector}, {vector}"
     return jit.compiled(
         kernel, f"void({patch}, {vector}, int64[:, ::1], uint8[::1], int32[:, ::1], int64[::1], b1[::1])"
     )

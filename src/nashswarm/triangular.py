@@ -1,9 +1,9 @@
 """Factors of positive definite matrices, by a crew of threads (see `threads`) whose number changes no digit.
 
 Libraries cut their work by the number of threads, and late digits follow. Here it is cut by the matrix' size alone,
-each piece a product of matrices that one thread computes, whichever it is. One thread is as fast with it, but for many
-columns that are solved for in float64 (half as slow again); and where a matrix is all that a machine waits for, all of
-its cores take part.
+each piece a call that one thread computes, whichever it is. One thread is as fast with it; and where a matrix is all
+that a machine waits for, all of its cores take part. Where a thread lets go of Python's lock, as in every call of
+torch, others are woken, which with sixteen threads costs more than small calls do: pieces are few, of one call each.
 
 A factor comes panel by panel, from the last columns to the first. Behind each, everything before it is updated, by as
 many threads as there are; the next panel's tile on the diagonal comes first and is factored at once, so that only the
@@ -71,20 +71,14 @@ class Factored:
 
     def solve(self, right: Tensor) -> Tensor:
         """M^-1 right, [n, m]."""
-        places, found = [*zip(self.places, self.pivots, strict=True)], torch.empty_like(right)
-        width = max(LEAST, min(TILE, right.shape[1] // 8))
+        found = torch.empty_like(right)
 
         def columns(own: slice) -> None:
-            values = right[:, own].clone(memory_format=torch.contiguous_format)
-            for here, pivot in reversed(places):
-                values[here] = pivot @ values[here].addmm_(self.upper[here, here.stop :], values[here.stop :], alpha=-1)
-            for here, pivot in places:
-                above = self.upper[: here.start, here].T
-                values[here] = pivot.T @ values[here].addmm_(above, values[: here.start], alpha=-1)
-            found[:, own] = values
+            half = torch.linalg.solve_triangular(self.upper, right[:, own], upper=True)
+            found[:, own] = torch.linalg.solve_triangular(self.upper.T, half, upper=False)
 
         with team(right.shape[1]) as run:
-            run(columns, tiles(right.shape[1], width))
+            run(columns, tiles(right.shape[1], max(LEAST, min(TILE, right.shape[1] // 16))))
         return found
 
 
@@ -108,28 +102,30 @@ def _panel(matrix: Tensor, here: slice, behind: slice, run: Team) -> Tensor:
     Pieces are begun in the order of the list: the pivot, what is before this panel, and last this panel's rows, which
     wait for the pivot. Returns the inverse of its tile on the diagonal.
     """
-    ready, pivots = Event(), list[Tensor]()
+    ready, pivots, values = Event(), list[Tensor](), matrix.numpy()  # numpy's views cost no turn of Python's lock
 
-    def rest(rows: slice) -> Tensor:
-        return torch.addmm(matrix[rows, here], matrix[rows, behind], matrix[here, behind].T, alpha=-1)
+    def of(rows: slice, columns: slice) -> Tensor:
+        return torch.from_numpy(values[rows, columns])
+
+    def update(rows: slice, columns: slice) -> Tensor:
+        found = of(rows, columns)
+        right = torch.from_numpy(values[columns, behind].T)
+        return torch.addmm(found, of(rows, behind), right, alpha=-1, out=found)
 
     def diagonal() -> None:
         try:
-            matrix[here, here], pivot = _pivot(rest(here))
+            matrix[here, here], pivot = _pivot(update(here, here))
             pivots.append(pivot)
         finally:
             ready.set()
 
-    def update(rows: slice, columns: slice) -> None:
-        matrix[rows, columns].addmm_(matrix[rows, behind], matrix[columns, behind].T, alpha=-1)
-
     def above(rows: slice) -> None:
-        left = rest(rows)
+        left = update(rows, here)
         ready.wait()
         for pivot in pivots:  # none where it failed
-            torch.mm(left, pivot.T, out=matrix[rows, here])
+            left.copy_(torch.mm(left, pivot.T))
 
-    tasks: list[Callable[[], None]] = [diagonal]
+    tasks: list[Callable[[], object]] = [diagonal]
     if behind.start < len(matrix):
         tasks += [partial(update, *piece) for piece in _pieces(here.start)]
     tasks += [partial(above, rows) for rows in tiles(here.start)]
@@ -137,7 +133,7 @@ def _panel(matrix: Tensor, here: slice, behind: slice, run: Team) -> Tensor:
     return pivots[0]
 
 
-def _do(task: Callable[[], None]) -> None:
+def _do(task: Callable[[], object]) -> None:
     task()
 
 

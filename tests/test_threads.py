@@ -118,3 +118,12 @@ def test_a_small_team_shares_out_its_crew(members: int, most: int, share: int) -
     finally:
         set_crew(0)
     assert torch.get_num_threads() == before
+
+
+def test_a_team_within_a_team_of_this_thread_is_that_team(threads: int) -> None:
+    with team(threads) as outer, team(2) as inner:
+        assert (inner is outer) == (threads > 1)
+        assert inner(lambda number: number + crew(), range(9)) == [number + 1 for number in range(9)]
+    with team(threads) as again:
+        assert again is not outer
+        assert again(str, range(3)) == ["0", "1", "2"]

@@ -26,7 +26,7 @@ from nashswarm.types import InputError, Job, Statistics
 DAMPING = 0.01  # of the mean of H's diagonal; the original's value
 BLOCK = 128  # columns between two matrix products; the original's value
 GROUP = 64  # rows between two, at least
-STEPS = 48  # in which all rows are rounded, or fewer: more would cost threads more than they gain
+STEPS = 48  # in which all rows, or columns, are rounded, or fewer: more would cost threads more than they gain
 FAR = 1024  # rows for which what is handed on by those far above is added up at once
 # Share of a row's weight that all tokens have alike. Without it, tokens that calibration hardly saw lose nearly all
 # their bits: KL of the reference model at 3.0 bits on its own text and on WikiText-2 is 0.033 and 0.156, with it 0.033
@@ -245,7 +245,7 @@ def sweep(
     `begin(columns, values)`, called with places of columns and all rows' values [columns, out] before any of them is
     rounded: with it no columns follow each other, and a crew shares products alone.
     """
-    order = torch.arange(len(weight)) if rows is None else rows.order
+    order = row_order(weight, rows)
     rest = _ordered(weight, order, columns.order)  # becomes E^T
     spread, groups = None if rows is None else rows.spread(), _groups(edges, max(GROUP, len(weight) // STEPS))
 
@@ -297,6 +297,11 @@ class _Above:
         return found, self.spread.numpy()[own, own]
 
 
+def row_order(weight: Tensor, rows: Factor | None) -> Tensor:
+    """In which rows are rounded, int64 [out]."""
+    return torch.arange(len(weight)) if rows is None else rows.order
+
+
 def _ordered(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows and columns of a matrix, [in, out]: a column is contiguous."""
     found = weight.new_empty(weight.shape[::-1])
@@ -306,6 +311,18 @@ def _ordered(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
     with team(len(weight)) as run:
         run(take, triangular.tiles(len(weight)))
+    return found
+
+
+def restored(codes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Codes in rounding order, [in, out], in the matrix's own: [out, in]. Arguments: both sides' orders."""
+    found, places = codes.new_empty(codes.shape[::-1]), columns.argsort()
+
+    def take(own: slice) -> None:
+        found[rows[own]] = codes[:, own].T.contiguous().index_select(1, places)
+
+    with team(len(found)) as run:
+        run(take, triangular.tiles(len(found)))
     return found
 
 

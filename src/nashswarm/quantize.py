@@ -30,6 +30,7 @@ from nashswarm.regression import Aim
 from nashswarm.resume import BIAS, Finished, Miss, keep_misses, misses
 from nashswarm.sharding import ShardedStreams
 from nashswarm.streams import Streams
+from nashswarm.threads import crew, team
 from nashswarm.tuning import Tuned, tune
 from nashswarm.types import (
     Allocation,
@@ -325,7 +326,8 @@ def encode(
 def _encode(model: Model, tensor: TensorSpec, method: Method, choice: Choice, aim: Aim | None = None) -> Any:
     """One matrix, packed, or rounded where its codec has two passes."""
     codec, job = load_room("codecs", method.codec), _job(model, tensor, method, choice, aim)
-    return (codec.round_one if hasattr(codec, "round_one") else codec.encode)(job, method.codec_settings)
+    with team(crew()):  # one, for all that is done by one
+        return (codec.round_one if hasattr(codec, "round_one") else codec.encode)(job, method.codec_settings)
 
 
 def _write(

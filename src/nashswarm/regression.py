@@ -202,7 +202,7 @@ class _System:
             return torch.zeros_like(self.product)
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
-        if moment.device == CPU and moment.dtype == torch.float64:  # trials come beside each other
+        if moment.device == CPU:
             found = triangular.factored(moment)
             return torch.zeros_like(self.product) if found is None else found.solve(self.product)
         lower, failed = torch.linalg.cholesky_ex(moment)

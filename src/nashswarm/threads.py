@@ -85,15 +85,22 @@ class Team(Protocol):
 def team(most: int) -> Iterator[Team]:
     """The crew, but no more than `most` of it; torch computes with one thread each. Alone, this thread as it is.
 
-    Where the team is smaller than the crew, its members have crews of their own, of what is left over.
+    Where the team is smaller than the crew, its members have crews of their own, of what is left over. Within another
+    team of this thread it is that one, since threads take time to begin.
     """
-    whole = crew()
+    whole, outer = crew(), getattr(_own, "team", None)
     count = min(whole, most)
     if count < 2:
         yield lambda work, items: [work(item) for item in items]
-        return
-    with single_threads(count, whole // count) as pool:
-        yield partial(_share, pool, count)
+    elif outer:
+        yield outer
+    else:
+        with single_threads(count, whole // count) as pool:
+            _own.team = partial(_share, pool, count)
+            try:
+                yield _own.team
+            finally:
+                _own.team = None
 
 
 def _share(pool: ThreadPoolExecutor, count: int, work: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -46,7 +46,7 @@ INPUT_DAMPING = 0.1
 SAMPLE = 1 << 15  # weights per tensor from which its curves are measured
 SAMPLE_ROWS = 32  # at least
 SIDES = ("rows", "columns")
-COLUMNS = 64  # rounded between two matrix products; with 128, half as many threads could follow each other
+COLUMNS = 64  # rounded between two matrix products, at least; with 128, half as many threads could follow each other
 SAMPLE_STATES = 8  # of the trellis there: with more, curves are alike
 TUNED = {"with": "tuning_steps"}  # settings that no document states where this one is off
 
@@ -257,6 +257,7 @@ def round_one(job: Job, settings: Settings) -> Rounded:
     base = round((unit.base + job.choice.step) * BASE_UNITS)
     steps = replace(unit, base=base / BASE_UNITS)
     rows, columns = steps.of_rows().numpy(), steps.of_columns(0).numpy()
+    # In rounding order, until all are rounded.
     codes, blocks = np.empty(job.tensor.shape[::-1], np.int32), entropy.first_rows(job.tensor.shape)
     edges, begins = trellis.decisions(blocks, model.spread is not None), np.zeros(len(job.weight) + 1, np.bool_)
     begins[blocks] = True
@@ -268,10 +269,12 @@ def round_one(job: Job, settings: Settings) -> Rounded:
         found = trellis.round_patch(patch, rows[patch.rows], columns[patch.columns], own, machine, fresh)
         if found.min() == trellis.OUT_OF_BOUNDS:
             raise InputError(f"{job.tensor.name}: codes reach {trellis.LARGEST}; lower the budget")
-        codes[patch.columns[:, None], patch.rows] = found
+        codes[column : column + len(found), first : first + found.shape[1]] = found
 
-    feedback.sweep(job.weight, model.columns, model.spread, COLUMNS, edges, visit)
-    fitted = _fitted(np.ascontiguousarray(codes.T), machine)
+    size = max(COLUMNS, len(columns) // feedback.STEPS // COLUMNS * COLUMNS)
+    feedback.sweep(job.weight, model.columns, model.spread, size, edges, visit)
+    orders = feedback.row_order(job.weight, model.spread), model.columns.order
+    fitted = _fitted(feedback.restored(torch.from_numpy(codes), *orders).numpy(), machine)
     return Rounded(job.tensor.name, job.tensor.shape, base, steps, settings.states, **fitted)
 
 

@@ -6,11 +6,10 @@ offline. Heavy imports happen inside fixtures, so that tests without models star
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from nashswarm.corpora import TokenizedSplit
     from nashswarm.packed import PackedModel
     from nashswarm.quantize import Model
-    from nashswarm.types import PackedTensor, Statistics
+    from nashswarm.types import PackedTensor, Statistics, TensorSpec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -176,16 +175,19 @@ def split(tokenizers: Callable[[str], Path]) -> Callable[..., TokenizedSplit]:
     return make
 
 
-def read_statistics(
-    gathered: Mapping[str, Statistics], name: str, second_moment: np.ndarray | None = None
-) -> Statistics:
-    """As `artifacts.read_statistics`, of what is in memory."""
-    found = gathered[name]
-    return found if second_moment is None else dataclasses.replace(found, second_moment=second_moment)
+def stored(directory: Path, gathered: Iterable[tuple[TensorSpec, Statistics]]) -> Callable[..., Statistics]:
+    """Write statistics into a directory. Returns: what reads them."""
+    from nashswarm import artifacts
+
+    for tensor, found in gathered:
+        artifacts.write_statistics(directory, tensor.name, found)
+    return partial(artifacts.read_statistics, directory)
 
 
 @pytest.fixture(scope="session")
-def quantizable(checkpoint: Checkpoints, split: Callable[..., TokenizedSplit]) -> Models:
+def quantizable(
+    checkpoint: Checkpoints, split: Callable[..., TokenizedSplit], tmp_path_factory: pytest.TempPathFactory
+) -> Models:
     """family -> quantize.Model of the tiny model, float32, with statistics gathered on a tiny text."""
 
     @cache
@@ -198,12 +200,11 @@ def quantizable(checkpoint: Checkpoints, split: Callable[..., TokenizedSplit]) -
         original = models.load_original(directory, index)
         ids = split(family, seed=3).ids
         scoring = Scoring(tokens=512, batch_tokens=256)
-        gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, ids, scoring, no_progress)}
+        gathered = statistics.gather(lambda: original, index, ids, scoring, no_progress)
+        read = stored(tmp_path_factory.mktemp(f"{family}-statistics"), gathered)
         files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
         record = artifacts.SourceRecord("path", str(directory), None, None, files)
-        return quantize.Model(
-            family, index, record, models.Checkpoint.open(directory, index), partial(read_statistics, gathered)
-        )
+        return quantize.Model(family, index, record, models.Checkpoint.open(directory, index), read)
 
     return make
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCABULARY, Models, no_progress, read_statistics
+from conftest import CONTEXT, FAMILIES, VOCABULARY, Models, no_progress, stored
 
 from nashswarm import artifacts, models, quantize, statistics
 from nashswarm.codecs import classes, grouped, kept
@@ -95,7 +95,8 @@ def test_the_codec_gets_weight_choice_importance_and_statistics(
         assert torch.equal(job.weight, weight)
         assert job.choice == allocation.choices[job.tensor.name]
         assert torch.equal(job.importance, weight.abs())  # type: ignore[arg-type]
-        assert job.statistics is model.statistics(job.tensor.name)
+        for name, value in dataclasses.asdict(model.statistics(job.tensor.name)).items():  # type: ignore[arg-type]
+            assert np.array_equal(getattr(job.statistics, name), value)
 
 
 def test_embeddings_get_the_width_of_embeddings(quantizable: Models, params: Params) -> None:
@@ -223,10 +224,11 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Model:
     index = models.describe(directory)
     scoring = Scoring(tokens=2048, batch_tokens=1024)
     original = models.load_original(directory, index)
-    gathered = {t.name: s for t, s in statistics.gather(lambda: original, index, calibration(), scoring, no_progress)}
+    gathered = statistics.gather(lambda: original, index, calibration(), scoring, no_progress)
+    read = stored(tmp_path_factory.mktemp("statistics"), gathered)
     files = {name: artifacts.sha256_file(directory / name) for name in models.checkpoint_files(directory)}
     record = artifacts.SourceRecord("path", str(directory), None, None, files)
-    return Model("larger", index, record, models.Checkpoint.open(directory, index), partial(read_statistics, gathered))
+    return Model("larger", index, record, models.Checkpoint.open(directory, index), read)
 
 
 def coded(budget: float, prefix_tokens: int = 0) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, TypeVar
@@ -117,8 +117,12 @@ def _share(pool: ThreadPoolExecutor, count: int, work: Callable[[T], R], items: 
             except BaseException as error:
                 failed[number] = error
 
-    for ended in [pool.submit(take) for _ in range(min(count, len(given)))]:
-        ended.result()
+    members = [pool.submit(take) for _ in range(min(count, len(given)))]
+    try:
+        wait(members)
+    except BaseException as error:  # nobody begins another item
+        failed[-1] = error
+        raise
     if failed:
         raise failed[min(failed)]
     return [found[number] for number in range(len(given))]

@@ -7,7 +7,7 @@ import pytest
 from test_feedback import COLUMNS, ROWS, job
 
 from nashswarm import clipped, feedback
-from nashswarm.patches import Patch
+from nashswarm.patches import PATCH, Patch
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -80,6 +80,26 @@ def test_patches_are_one_element_after_the_other(
         values[:, later] += np.outer(weights[:, column] - rounded, between[i, i + 1 :])
     assert (found != expected).mean() < 0.003  # of float32 beside float64: a code at an edge
     assert len(np.unique(found)) == 8
+
+
+@pytest.mark.parametrize("count", [PATCH, PATCH + 1, 3 * PATCH - 20])
+def test_rows_of_a_patch_interact_however_many_they_are(count: int) -> None:
+    weights, handed = normal(6, count), normal(6, count, seed=1)
+    between = np.triu(normal(6, 6, seed=2) / 8, 1)
+    spread = np.triu(normal(count, count, seed=3) / count**0.5, 1)
+    rows, columns, steps = np.arange(count), np.arange(6), np.full(count, 0.25, np.float32)
+    own = (weights.copy(), weights.copy(), handed.copy(), between, spread)
+    patch = Patch(columns, rows, (0, 0), np.array([0, count]), *own)
+    codes = clipped.round_patch(patch, steps, 16 * steps * 4, np.zeros(count, np.float32))
+    values, found = weights.astype(np.float64), np.empty((6, count))
+    for column in range(6):
+        left = np.zeros(count)
+        for row in range(count):
+            target = values[column, row] + handed[column, row] + left @ spread[:, row]
+            found[column, row] = np.clip(np.floor(target / 0.25 + 0.5), -16, 15)
+            left[row] = values[column, row] - 0.25 * found[column, row]
+        values[column + 1 :] += between[column, column + 1 :, None] * (weights[column] - 0.25 * found[column])
+    assert (codes != found).mean() < 0.003  # of float32 beside float64: a code at an edge
 
 
 def test_kernels_are_plain_python_too(monkeypatch: pytest.MonkeyPatch) -> None:

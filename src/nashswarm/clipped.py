@@ -57,7 +57,7 @@ def _searched(
 
 
 def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    """Round a patch in place, as `Patch` says, of PATCH rows or fewer, if they interact; its codes q, int16 [C, R].
+    """Round a patch in place, as `Patch` says; its codes q, int16 [C, R].
 
     Arguments: s, h and m of every row, float32 [R]. Where the step is zero, so is the value, and q is -h.
     """
@@ -122,7 +122,7 @@ def _round(
     middles: np.ndarray,
     codes: np.ndarray,
 ) -> None:
-    """PATCH rows at a time, so that what all columns need of them stays near; there are no more where rows interact."""
+    """PATCH rows at a time, so that what all columns need of them stays near; then what they hand to those behind."""
     (total, count), half = values.shape, np.float32(0.5)
     taken, padded = np.empty(PATCH, np.float32), np.zeros((PATCH, PATCH), np.float32)
     for first in range(0, count, PATCH):
@@ -151,3 +151,7 @@ def _round(
                 for place in range(own):
                     value[other, place] += between[column, other] * left[column, place]
         weights[:, first : first + own], values[:, first : first + own] = left, value
+        for column in range(total if len(spread) else 0):
+            for place in range(own):
+                for later in range(first + own, count):
+                    handed[column, later] += value[column, place] * spread[first + place, later]

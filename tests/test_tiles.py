@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,6 +117,26 @@ def test_tiles_of_other_shapes() -> None:
     assert not found[:5, order[64:]].any()
     near = order[:32]
     assert float((found - job.weight)[:5, near].abs().max()) < 0.02 * float(job.weight.abs().max())
+
+
+def test_grids_are_fitted_to_what_comes_to_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier tiles leave of values, by U^-1: columns of a tile move by what those before them in it hand on."""
+    job, real, fitted = job_of(normal(9, 70), Choice(tiles=("333", "333"))), tiles._fit_tiles, list[np.ndarray]()
+
+    def spy(values: np.ndarray, *others: Any) -> tuple[np.ndarray, np.ndarray]:
+        fitted.append(values.copy())
+        return real(values, *others)
+
+    monkeypatch.setattr(tiles, "_fit_tiles", spy)
+    rounded = tiles.decode(tiles.encode(job, tiles.Settings(rows=5, columns=32)))
+    model, (weight, exponent) = tiles._loss_model(job)[0], tiles._normalized(job)
+    plain = weight[:, model.columns.order].double()
+    unit = model.columns.spread().triu().double()
+    left = (plain - rounded[:, model.columns.order].double() * 2.0**-exponent) @ unit
+    for values, first in zip(fitted, (0, 32, 64), strict=True):
+        here = slice(first, min(first + 32, 70))
+        expected = (plain - left[:, :first] @ unit.inverse()[:first])[:, here]
+        torch.testing.assert_close(torch.from_numpy(values).T.double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -263,13 +263,17 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     strips = [slice(i, i + FITTED) for i in range(0, cut.strips, FITTED)]
 
     def begin(here: slice, values: np.ndarray) -> None:
-        """Fit the grids of all tiles of these columns."""
-        k = here.start // cut.columns
+        """Fit the grids of all tiles of these columns, to what comes to each of them if rounding those before it in
+        the tile leaves nothing of what they then are: their weights have moved, and they hand that on."""
+        k, unit = here.start // cut.columns, model.columns.unit(here)[here.start :]
 
         def fit(own: slice) -> None:
             rows = slice(own.start * cut.rows, own.stop * cut.rows)
             wide = np.repeat(widths[own, k], cut.rows)[: out - rows.start]
-            tile[own, k], row[own, k] = _fit_tiles(values.take(places[rows], 1), power[here], wide, cut.rows)
+            plain = weight[rows, model.columns.order[here]].T.contiguous()
+            moved = torch.from_numpy(values.take(places[rows], 1)) - plain
+            moved = torch.linalg.solve_triangular(unit.T, moved, upper=False, unitriangular=True)
+            tile[own, k], row[own, k] = _fit_tiles(plain.add_(moved).numpy(), power[here], wide, cut.rows)
 
         with team(len(strips)) as run:
             run(fit, strips)

@@ -54,7 +54,7 @@ def test_patches_are_one_element_after_the_other(
     """In float64, as `Patch` says: what is handed on by any cut into patches is the same to rounding."""
     monkeypatch.setattr(feedback, "GROUP", 1)
     task = job(interact)
-    model = feedback.loss_model(task, "test", 0.01, 0.5, act_order=True)
+    model = feedback.loss_model(task, "test", 0.01, 0.5, together=1)
     steps, halves, middles = np.full(ROWS, 0.2, np.float32), np.full(ROWS, 4.0, np.float32), np.zeros(ROWS, np.float32)
     steps[5] = 0
     found = np.empty((ROWS, COLUMNS), np.int64)

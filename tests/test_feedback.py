@@ -55,7 +55,7 @@ def rounded(weight: Tensor, model: feedback.LossModel, step: float) -> Tensor:
 def test_the_damage_of_uniform_errors_is_predicted(outputs: bool, damping: float) -> None:
     """Evenly spread errors of a step s have the power s^2 / 12, and no correlation before they are handed on."""
     task, step = job(outputs), 0.02
-    model = feedback.loss_model(task, "test", damping, damping, act_order=False)
+    model = feedback.loss_model(task, "test", damping, damping, together=0)
     error = (task.weight - rounded(task.weight, model, step)).double()
     curvature = model.curvature
     true = curvature.rows.diag() if curvature.outputs is None else curvature.outputs.double()
@@ -69,7 +69,7 @@ def test_the_damage_of_uniform_errors_is_predicted(outputs: bool, damping: float
 
 
 def test_without_damping_damage_is_what_rounding_sees() -> None:
-    model = feedback.loss_model(job(), "test", 1e-9, 1e-9, act_order=True)
+    model = feedback.loss_model(job(), "test", 1e-9, 1e-9, together=1)
     rows, columns = model.damage()
     assert torch.allclose(rows, model.rows, rtol=1e-3)
     assert torch.allclose(columns, model.columns.step.double() ** -2, rtol=1e-3)
@@ -77,10 +77,10 @@ def test_without_damping_damage_is_what_rounding_sees() -> None:
 
 def test_what_a_loss_model_needs_is_named() -> None:
     with pytest.raises(InputError, match=r"^w: codec 'test' needs statistics; run the score stage"):
-        feedback.loss_model(dataclasses.replace(job(), statistics=None), "test", 0.01, 1.0, act_order=False)
+        feedback.loss_model(dataclasses.replace(job(), statistics=None), "test", 0.01, 1.0, together=0)
     silent = Statistics(moment(COLUMNS, 0), np.zeros(ROWS, np.float32))
     with pytest.raises(InputError, match=r"^w: its Fisher information is zero"):
-        feedback.loss_model(dataclasses.replace(job(), statistics=silent), "test", 0.01, 1.0, act_order=False)
+        feedback.loss_model(dataclasses.replace(job(), statistics=silent), "test", 0.01, 1.0, together=0)
 
 
 def test_tokens_that_calibration_never_saw_keep_a_share_of_the_weight() -> None:

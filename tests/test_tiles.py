@@ -120,8 +120,10 @@ def test_tiles_of_other_shapes() -> None:
 
 
 def test_grids_are_fitted_to_what_comes_to_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What earlier tiles leave of values, by U^-1: columns of a tile move by what those before them in it hand on."""
-    job, real, fitted = job_of(normal(9, 70), Choice(tiles=("333", "333"))), tiles._fit_tiles, list[np.ndarray]()
+    """What earlier tiles leave of values, by U^-1: columns of a tile move by what those before them in it hand on; and
+    what rows before this patch hand to it."""
+    job, real, fitted = job_of(normal(90, 70), Choice(tiles=("333",) * 18)), tiles._fit_tiles, list[np.ndarray]()
+    job = dataclasses.replace(job, statistics=with_gradients((90, 70)))
 
     def spy(values: np.ndarray, *others: Any) -> tuple[np.ndarray, np.ndarray]:
         fitted.append(values.copy())
@@ -129,14 +131,25 @@ def test_grids_are_fitted_to_what_comes_to_each_column(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tiles, "_fit_tiles", spy)
     rounded = tiles.decode(tiles.encode(job, tiles.Settings(rows=5, columns=32)))
-    model, (weight, exponent) = tiles._loss_model(job)[0], tiles._normalized(job)
-    plain = weight[:, model.columns.order].double()
-    unit = model.columns.spread().triu().double()
-    left = (plain - rounded[:, model.columns.order].double() * 2.0**-exponent) @ unit
-    for values, first in zip(fitted, (0, 32, 64), strict=True):
-        here = slice(first, min(first + 32, 70))
-        expected = (plain - left[:, :first] @ unit.inverse()[:first])[:, here]
-        torch.testing.assert_close(torch.from_numpy(values).T.double(), expected, rtol=0, atol=1e-5)
+    model, (weight, exponent) = tiles._loss_model(job, 5)[0], tiles._normalized(job)
+    assert model.spread is not None
+    rows, columns = model.spread.order, model.columns.order
+    plain, found = (values[rows][:, columns].double() for values in (weight, rounded * 2.0**-exponent))
+    unit, down = (factor.spread().triu().double() for factor in (model.columns, model.spread))
+    error = plain - found
+    left, patches = error @ unit, iter(fitted)
+    for first in (0, 32, 64):
+        for own in (slice(0, 65), slice(65, 90)):
+            here = slice(first, min(first + 32, 70))
+            moved = error[own, :first] @ unit[:first, here] + down[: own.start, own].T @ left[: own.start, here]
+            expected = plain[own, here] + moved @ unit[here, here].inverse()
+            torch.testing.assert_close(torch.from_numpy(next(patches)).T.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_of_a_tile_stay_together_in_rounding() -> None:
+    """Strips come by falling power; the last one, of fewer rows, where its own says."""
+    found = feedback.factor(torch.diag(torch.tensor([1.0, 3, 2, 2, 9])), NAME, together=2).order
+    assert found.tolist() == [4, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +193,7 @@ def test_damage_is_what_was_predicted(bits: int, interacting: bool, monkeypatch:
 
 
 def test_rows_that_interact_do_less_damage_than_rows_alone() -> None:
-    shape = (64, 128)
+    shape = (256, 128)
     weight, found = normal(*shape), with_gradients(shape)
     alone = dataclasses.replace(found, gradient_moment=None)
     results = []

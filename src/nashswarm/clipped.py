@@ -67,13 +67,26 @@ def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np
     return codes
 
 
+def expected(patch: Patch) -> np.ndarray:
+    """What comes to a patch's elements if rounding the columns before leaves nothing: targets, float32 [C, R].
+
+    The rounded then are the targets, and what the weights differ by from these is handed on to later columns. What the
+    patch's rows will hand each other is left out: with it, KL of the reference model at 2.5 and at 3.25 bits was 0.198
+    and 0.0614, without 0.195 and 0.0607.
+    """
+    found = patch.values + patch.handed
+    _kernels()[2](patch.weights, patch.between, found)
+    return found
+
+
 @cache
-def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+def _kernels() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
     vector, matrix = "float32[::1]", "float32[:, ::1]"
     search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
     part = "float32[:, :]"
     patch = f"void({part}, {part}, {part}, {matrix}, {part}, {vector}, {vector}, {vector}, int16[:, ::1])"
-    return jit.compiled(_search, search), jit.compiled(_round, patch)
+    expect = f"void({part}, {matrix}, {matrix})"
+    return jit.compiled(_search, search), jit.compiled(_round, patch), jit.compiled(_expect, expect)
 
 
 def _search(
@@ -155,3 +168,10 @@ def _round(
             for place in range(own):
                 for later in range(first + own, count):
                     handed[column, later] += value[column, place] * spread[first + place, later]
+
+
+def _expect(weights: np.ndarray, between: np.ndarray, found: np.ndarray) -> None:
+    for column in range(len(between)):
+        for other in range(column + 1, len(between)):
+            for row in range(found.shape[1]):
+                found[other, row] += between[column, other] * (weights[column, row] - found[column, row])

@@ -137,9 +137,10 @@ def _double(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).double()
 
 
-def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool = True) -> Factor:
-    """Order the columns by falling input power (act-order; else as they are) and factor the moment, in float64.
+def factor(moment: Tensor, name: str, damping: float = DAMPING, together: int = 1) -> Factor:
+    """Order the columns by falling input power (act-order) and factor the moment, in float64.
 
+    Arguments: `together`, how many that are next to each other stay so; 0: all, as they are.
     Where the Cholesky factorisation fails, damping is raised tenfold, and that is logged. Raises InputError for a
     moment that is not finite.
     """
@@ -148,7 +149,7 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
             f"{name}: the inputs' second moment is not finite; are there huge activations? use float32 weights"
         )
     power = moment.diagonal().double()
-    order = power.argsort(descending=True, stable=True) if act_order else torch.arange(len(power))
+    order = _falling(power, together or len(power))
     mean = max(float(power.mean()), 1e-30)
     while damping <= 1e6:
         added = damping * mean
@@ -158,6 +159,13 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, act_order: bool 
         logger.warning("%s: Cholesky factorisation failed at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise InputError(f"{name}: the inputs' second moment cannot be factored at any damping")
+
+
+def _falling(power: Tensor, together: int) -> Tensor:
+    """An order by falling power of parts of so many, the last one of what is left."""
+    parts = torch.arange(len(power)).split(together)
+    mean = torch.stack([power[own].mean() for own in parts])
+    return torch.cat([parts[number] for number in mean.argsort(descending=True, stable=True).tolist()])
 
 
 def _damped(moment: Tensor, order: Tensor, added: float) -> Tensor:
@@ -192,8 +200,8 @@ class LossModel:
         return self.curvature.rows if self.spread is None else self.spread.damage, self.columns.damage
 
 
-def loss_model(job: Job, codec: str, input_damping: float, output_damping: float, act_order: bool) -> LossModel:
-    """The loss around a matrix. Arguments: `act_order`, whether rows, too, are rounded by falling power.
+def loss_model(job: Job, codec: str, input_damping: float, output_damping: float, together: int) -> LossModel:
+    """The loss around a matrix. Arguments: `together`, of its rows: see `factor`.
 
     Raises InputError, naming the matrix, where there are no statistics or where nothing it does reaches the loss.
     """
@@ -206,7 +214,7 @@ def loss_model(job: Job, codec: str, input_damping: float, output_damping: float
     columns = factor(found.inputs, name, input_damping)
     if found.outputs is None:
         return LossModel(found, columns, None, found.rows)
-    spread = factor(found.outputs, name, output_damping, act_order)
+    spread = factor(found.outputs, name, output_damping, together)
     return LossModel(found, columns, spread, spread.step.double() ** -2)
 
 
@@ -228,7 +236,6 @@ def sweep(
     size: int,
     edges: Sequence[int],
     visit: Callable[[Patch], None],
-    begin: Callable[[slice, np.ndarray], None] | None = None,
 ) -> None:
     """Round `weight`, float32 [out, in], patch by patch: `size` columns, GROUP rows or more, cut at `edges`.
 
@@ -241,9 +248,7 @@ def sweep(
     thread goes down the rows of some columns, the next follows it down the next columns: `visit`, which rounds a patch
     in place, is called by a crew of threads (see `threads.crew`), and results are the same however many there are.
 
-    Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows;
-    `begin(columns, values)`, called with places of columns and all rows' values [columns, out] before any of them is
-    rounded: with it no columns follow each other, and a crew shares products alone.
+    Arguments: `rows`, None where rows do not interact; `edges`, places in rounding order, from 0 to all rows.
     """
     order = row_order(weight, rows)
     rest = _ordered(weight, order, columns.order)  # becomes E^T
@@ -255,22 +260,18 @@ def sweep(
         unit = columns.unit(here)
         before, between, above = unit[:start].T.contiguous(), unit[start:].contiguous().numpy(), _Above(spread)
         left = rest.new_empty(len(between), len(weight))  # becomes F^T
-        if begin:
-            _products(before, rest[:start], left).add_(rest[here])
-            begin(here, left.numpy())
         for group in groups:
             wait()
             own = slice(group[0], group[-1])
             weights, values = _part(rest, here, own), _part(left, slice(None), own)
-            if not begin:
-                torch.addmm(weights, before, _part(rest, slice(start), own), out=values)
+            torch.addmm(weights, before, _part(rest, slice(start), own), out=values)
             handed, near = above.handed(left, own)
             place, cuts = (start, own.start), np.array(group) - own.start
             arrays = weights.numpy(), values.numpy(), handed.numpy(), between, near
             visit(Patch(columns.order[here].numpy(), order[own].numpy(), place, cuts, *arrays))
             done()
 
-    in_step(descend, range(0, len(rest), size), 1 if begin else len(groups))
+    in_step(descend, range(0, len(rest), size), len(groups))
 
 
 @dataclass

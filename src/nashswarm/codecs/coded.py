@@ -170,7 +170,7 @@ def _coded_bytes(codes: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps]:
-    model = feedback.loss_model(job, "coded", INPUT_DAMPING, OUTPUT_DAMPING, act_order=False)
+    model = feedback.loss_model(job, "coded", INPUT_DAMPING, OUTPUT_DAMPING, together=0)
     exponent = settings.token_row_exponent if model.spread is None else settings.row_exponent
     return model, _steps(model.columns, model.rows, exponent)
 

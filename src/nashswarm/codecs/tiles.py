@@ -45,8 +45,7 @@ from torch import Tensor
 from nashswarm import clipped, feedback
 from nashswarm.bitpack import pack, packed_size, unpack
 from nashswarm.clipped import STEPS_PER_OCTAVE
-from nashswarm.patches import PATCH, Patch
-from nashswarm.threads import team
+from nashswarm.patches import Patch
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
 SELLS = ("candidates",)
@@ -70,8 +69,6 @@ OUTPUT_DAMPING = 0.5
 # quadratic model holds for dead. On the reference model, rise in loss by BEYOND at 2.5 and at 3.25 bits: 0: 0.375 and
 # 0.100, 4: 0.259 and 0.077, 8: 0.262 and 0.078.
 BEYOND = 4.0
-APART = 1024  # rows that are rounded together where they do not interact
-FITTED = 64  # strips whose grids are fitted together
 CHUNK = 1 << 21  # weights per round; bounds temporaries to about 50 MiB
 
 
@@ -136,9 +133,9 @@ class _Cut:
 # --- the loss model ------------------------------------------------------------------------------------------------
 
 
-def _loss_model(job: Job) -> tuple[feedback.LossModel, np.ndarray]:
-    """And the columns' weights D_c^2 in rounding order, mean 1, float32 [in]."""
-    model = feedback.loss_model(job, "tiles", feedback.DAMPING, OUTPUT_DAMPING, act_order=True)
+def _loss_model(job: Job, rows: int) -> tuple[feedback.LossModel, np.ndarray]:
+    """And the columns' weights D_c^2 in rounding order, mean 1, float32 [in]. Arguments: `rows` of a tile."""
+    model = feedback.loss_model(job, "tiles", feedback.DAMPING, OUTPUT_DAMPING, together=rows)
     power = model.columns.pivot.square()
     return model, (power / power.mean()).float().numpy()
 
@@ -155,21 +152,22 @@ def _normalized(job: Job) -> tuple[Tensor, int]:
 # --- grids ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_tiles(values: np.ndarray, power: np.ndarray, widths: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """One tile of every strip: values float32 [columns, out], widths uint8 [out] -> uint8 [strips], [strips, rows].
+def _fit_tiles(
+    values: np.ndarray, power: np.ndarray, widths: np.ndarray, edges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One tile of some strips: values float32 [columns, rows], widths uint8 [rows] -> uint8 [strips], [rows].
 
     The tile's byte follows its largest step. Rows whose steps would lie below its range take the range's end, or the
-    step 0 where that is nearer.
+    step 0 where that is nearer. Arguments: `edges`, where strips begin, and their end.
     """
     nothing, nowhere = power @ np.square(values), -(1 << 30)
     found, error = _fit(values, power, widths)
     best = np.where((error < nothing) & (widths > 0), found, nowhere)
-    strips = np.pad(best, (0, -len(best) % rows), constant_values=nowhere).reshape(-1, rows)
-    tile = (strips.max(1, keepdims=True) + OFFSET - (LEVELS - 1)).clip(0, TOP)
-    row = (strips + OFFSET - tile).clip(0, LEVELS - 1)
-    error = clipped.error(values, power, (row + tile - OFFSET).reshape(-1)[: len(widths)], _half(widths))
-    useful = np.pad((error < nothing) & (widths > 0), (0, -len(best) % rows)).reshape(-1, rows)
-    return tile[:, 0].astype(np.uint8), np.where(useful, row + 1, 0).astype(np.uint8)
+    tile = (np.maximum.reduceat(best, edges[:-1]) + OFFSET - (LEVELS - 1)).clip(0, TOP)
+    lowest = tile.repeat(np.diff(edges)) - OFFSET
+    row = (best - lowest).clip(0, LEVELS - 1)
+    error = clipped.error(values, power, row + lowest, _half(widths))
+    return tile.astype(np.uint8), np.where((error < nothing) & (widths > 0), row + 1, 0).astype(np.uint8)
 
 
 def _fit(values: np.ndarray, power: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +196,7 @@ def _steps(tile: np.ndarray, row: np.ndarray, base: int) -> np.ndarray:
 def offer(job: Job, settings: Settings) -> Candidates:
     """Bytes and damage of every tile at every width that is for sale, on the weights as they are before feedback."""
     weight, exponent = _normalized(job)
-    model, power = _loss_model(job)
+    model, power = _loss_model(job, settings.rows)
     rows = 0.5 * (_priced_rows(model) * 4.0**exponent).numpy()
     cut = _Cut(job.tensor.shape, settings.rows, settings.columns)
     distortion, strips = np.empty((cut.strips, cut.tiles, len(settings.widths))), np.arange(0, len(rows), cut.rows)
@@ -251,43 +249,29 @@ def _lengths(length: int, size: int) -> np.ndarray:
 
 
 def encode(job: Job, settings: Settings) -> PackedTensor:
-    """Round with feedback, fitting the grids of each group of columns when it comes up. Raises InputError."""
+    """Round with feedback, fitting each tile's grids when it comes up. Raises InputError."""
     weight, exponent = _normalized(job)
-    model, power = _loss_model(job)
+    model, power = _loss_model(job, settings.rows)
     cut = _Cut(job.tensor.shape, settings.rows, settings.columns)
     widths = _widths(job, cut)
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
-    out, order = cut.shape[0], np.arange(cut.shape[0]) if model.spread is None else model.spread.order.numpy()
-    places = np.argsort(order)  # of the matrix's rows
-    strips = [slice(i, i + FITTED) for i in range(0, cut.strips, FITTED)]
-
-    def begin(here: slice, values: np.ndarray) -> None:
-        """Fit the grids of all tiles of these columns, to what comes to each of them if rounding those before it in
-        the tile leaves nothing of what they then are: their weights have moved, and they hand that on."""
-        k, unit = here.start // cut.columns, model.columns.unit(here)[here.start :]
-
-        def fit(own: slice) -> None:
-            rows = slice(own.start * cut.rows, own.stop * cut.rows)
-            wide = np.repeat(widths[own, k], cut.rows)[: out - rows.start]
-            plain = weight[rows, model.columns.order[here]].T.contiguous()
-            moved = torch.from_numpy(values.take(places[rows], 1)) - plain
-            moved = torch.linalg.solve_triangular(unit.T, moved, upper=False, unitriangular=True)
-            tile[own, k], row[own, k] = _fit_tiles(plain.add_(moved).numpy(), power[here], wide, cut.rows)
-
-        with team(len(strips)) as run:
-            run(fit, strips)
 
     def visit(patch: Patch) -> None:
+        """Fit grids to what comes to these tiles, and round to them."""
         here, k = slice(patch.place[0], patch.place[0] + len(patch.columns)), patch.place[0] // cut.columns
-        strip, inside = np.divmod(patch.rows, cut.rows)
-        found = tile[strip, k], row[strip, k, inside, None]
-        steps, middles = _steps(*found, -OFFSET)[:, 0], _middles(*found)[:, 0]
-        halves = _half(widths[strip, k]) * (steps > 0)
+        (strip, inside), edges = np.divmod(patch.rows, cut.rows), patch.edges
+        own = widths[strip, k]
+        found = _fit_tiles(clipped.expected(patch), power[here], own, edges)
+        tile[strip[edges[:-1]], k], row[strip, k, inside] = found
+        each = found[0].repeat(np.diff(edges)), found[1][:, None]
+        steps, middles = _steps(*each, -OFFSET)[:, 0], _middles(*each)[:, 0]
+        halves = _half(own) * (steps > 0)
         codes[here, patch.rows] = clipped.round_patch(patch, steps, halves, middles) + halves
 
-    edges = [*range(0, out, APART if model.spread is None else PATCH), out]
-    feedback.sweep(weight, model.columns, model.spread, cut.columns, edges, visit, begin)
+    strips = feedback.row_order(weight, model.spread).numpy() // cut.rows
+    edges = [0, *np.flatnonzero(np.diff(strips)) + 1, len(strips)]
+    feedback.sweep(weight, model.columns, model.spread, cut.columns, edges, visit)
     stored = _file_order(widths)
     index = np.searchsorted(TILE_WIDTHS, widths)
     arrays = {

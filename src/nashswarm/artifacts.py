@@ -188,11 +188,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_bytes(path, save({k: np.asarray(v, order="C") for k, v in arrays.items()}))
 
 
-def _load(path: Path, without: str = "") -> dict[str, np.ndarray]:
+def _load(path: Path, without: str = "", mapped: bool = False) -> dict[str, np.ndarray]:
+    """Arguments: `mapped`, whether arrays are the file's own pages, which are read when they are used."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            keys = set(file.keys()) - {without}
-            return {key: file.get_tensor(key) for key in sorted(keys)}
+        with safe_open(path, framework="pt" if mapped else "numpy") as file:
+            found = {key: file.get_tensor(key) for key in sorted(set(file.keys()) - {without})}
+            return {key: value.numpy() for key, value in found.items()} if mapped else found
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run `dvc repro` to make it again") from error
 
@@ -428,11 +429,14 @@ def write_statistics(directory: Path, tensor: str, statistics: Statistics) -> No
 
 
 def read_statistics(directory: Path, tensor: str, second_moment: np.ndarray | None = None) -> Statistics:
-    """One tensor's statistics. Arguments: `second_moment`, one that takes the place of that which is stored."""
+    """One tensor's statistics, mapped: moments are large, and read by all threads that use them.
+
+    Arguments: `second_moment`, one that takes the place of that which is stored.
+    """
     path = directory / f"{tensor}.safetensors"
     if second_moment is None:
-        return Statistics(**_load(path))
-    return Statistics(**_load(path, without="second_moment"), second_moment=second_moment)
+        return Statistics(**_load(path, mapped=True))
+    return Statistics(**_load(path, without="second_moment", mapped=True), second_moment=second_moment)
 
 
 # --- records of arrays ---------------------------------------------------------------------------------------------

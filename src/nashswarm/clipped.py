@@ -74,7 +74,7 @@ def expected(patch: Patch) -> np.ndarray:
     patch's rows will hand each other is left out: with it, KL of the reference model at 2.5 and at 3.25 bits was 0.198
     and 0.0614, without 0.195 and 0.0607.
     """
-    found = patch.values + patch.handed
+    found: np.ndarray = patch.values + patch.handed
     _kernels()[2](patch.weights, patch.between, found)
     return found
 

@@ -66,7 +66,6 @@ class Factor:
         """1 / D_c of every column, float32 [in], in the matrix's own order: steps for which all cost the same."""
         return self._back(self.pivot.reciprocal().float())
 
-    @property
     def damage(self) -> Tensor:
         """(U^-1 M U^-T)_cc, float64 [in], in the matrix's own order: of a unit's error, with what feedback adds.
 
@@ -163,9 +162,10 @@ def factor(moment: Tensor, name: str, damping: float = DAMPING, together: int = 
 
 def _falling(power: Tensor, together: int) -> Tensor:
     """An order by falling power of parts of so many, the last one of what is left."""
-    parts = torch.arange(len(power)).split(together)
+    parts = triangular.tiles(len(power), together)
     mean = torch.stack([power[own].mean() for own in parts])
-    return torch.cat([parts[number] for number in mean.argsort(descending=True, stable=True).tolist()])
+    order = mean.argsort(descending=True, stable=True).tolist()
+    return torch.cat([torch.arange(parts[i].start, parts[i].stop) for i in order])
 
 
 def _damped(moment: Tensor, order: Tensor, added: float) -> Tensor:
@@ -197,7 +197,7 @@ class LossModel:
 
     def damage(self) -> tuple[Tensor, Tensor]:
         """a, float64 [out], and b, float64 [in]: errors cost 1/2 sum_rc a_r b_c e_rc^2, nats per token."""
-        return self.curvature.rows if self.spread is None else self.spread.damage, self.columns.damage
+        return self.curvature.rows if self.spread is None else self.spread.damage(), self.columns.damage()
 
 
 def loss_model(job: Job, codec: str, input_damping: float, output_damping: float, together: int) -> LossModel:

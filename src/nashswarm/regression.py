@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -70,12 +70,24 @@ def lower_size(size: int) -> int:
     return sum(rows.stop * (rows.stop - rows.start) for rows in triangular.tiles(size, EDGE))
 
 
-def square(flat: Tensor, size: int) -> Tensor:
-    """What `lower` made, [size, size]."""
-    found = flat.new_empty(size, size)
-    for rows, values in _strips(flat, size):
-        found[rows, : rows.stop] = values
-        found[: rows.start, rows] = values[:, : rows.start].T
+def square(flat: Tensor, count: float, mean: Tensor, centered: bool, dtype: torch.dtype) -> Tensor:
+    """E[x x^T] by what `lower` made over so many tokens, float64; about the mean, [in], if centered: [in, in].
+
+    Memory is what this takes time for, so all is done in one go.
+    """
+    found = flat.new_empty(len(mean), len(mean), dtype=dtype)
+
+    def unfold(part: tuple[slice, Tensor]) -> None:
+        rows, values = part
+        own = values / count
+        if centered:
+            own.addr_(mean[rows], mean[: rows.stop], alpha=-1)
+        found[rows, : rows.stop] = own
+        found[: rows.start, rows] = own[:, : rows.start].T
+
+    parts = [*_strips(flat, len(mean))]
+    with team(len(parts) if flat.device == CPU else 1) as run:
+        run(unfold, reversed(parts))  # the longest come first
     return found
 
 
@@ -124,10 +136,10 @@ class Sums:
         """
         with all_hands():
             ridge, total = self.ridge(weight, centered, device), self.total()
-            system = _System.of(total, weight.to(device).double(), centered)
+            system = _System.of(total, weight.to(device).double(), centered, torch.float64)
             del total
             added, shift = system.solve(ridge)
-            aim = Aim(weight + added.float().cpu(), system.inputs().float().cpu().numpy())
+            aim = Aim(weight + added.float().cpu(), system.inputs().cpu().numpy())
             return Correction(aim, shift.float().cpu(), system.mean.float().cpu())
 
     def total(self) -> Products:
@@ -141,23 +153,33 @@ class Sums:
             return RIDGES[2]
         rows = np.random.default_rng(0).permutation(len(weight))[:JUDGED]
         judged = weight[torch.from_numpy(rows)].to(device).double()
-        halves = [_System.of(sums, judged, centered, rows).halved() for sums in self.folds]  # will do to choose by
+        systems = [_System.of(sums, judged, centered, torch.float32, rows) for sums in self.folds]  # will do to choose
 
         def judge(trial: tuple[float, int]) -> float:
             ridge, fold = trial
-            return halves[1 - fold].error(halves[fold].regress(ridge))
+            return systems[1 - fold].error(systems[fold].regress(ridge, beside=True))
 
         trials = [(ridge, fold) for ridge in RIDGES for fold in (0, 1)]
         solved = sum(ridge < math.inf for ridge, _ in trials)  # the others come last and take little time
         # A GPU's libraries are not to be called first by several threads.
         with team(solved if device == CPU else 1) as run:
             errors = run(judge, trials)
-        return RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
+        return _best(np.reshape(errors, (-1, 2)).sum(1))
+
+
+def _best(errors: np.ndarray) -> float:
+    """The ridge of least error, float64 [RIDGES]; between two others, by the parabola over the logarithm of all three."""
+    best = int(errors.argmin())
+    near = slice(best - 1, best + 2)
+    if best < 1 or best + 1 >= len(RIDGES) or not math.isfinite(RIDGES[best + 1]):
+        return RIDGES[best]
+    square, slope, _ = np.polyfit(np.log(RIDGES[near]), errors[near], 2)
+    return math.exp(-slope / (2 * square)) if square > 0 else RIDGES[best]
 
 
 @dataclass(frozen=True, slots=True)
 class _System:
-    """E[x' x'^T] and E[x' t^T], about the means, if centered; float64, or float32 to choose by."""
+    """E[x' x'^T] and E[x' t^T], about the means, if centered; float64, or float32."""
 
     moment: Tensor  # [in, in]
     product: Tensor  # [in, out]
@@ -166,7 +188,9 @@ class _System:
     centered: bool
 
     @classmethod
-    def of(cls, sums: Products, weight: Tensor, centered: bool, rows: np.ndarray | None = None) -> _System:
+    def of(
+        cls, sums: Products, weight: Tensor, centered: bool, dtype: torch.dtype, rows: np.ndarray | None = None
+    ) -> _System:
         """Arguments: `weight`, float64 [out, in]; `rows`, the outputs in question, if `weight` has them alone."""
         count, own = sums["count"], slice(None) if rows is None else torch.from_numpy(rows)
         if "target" in sums:
@@ -174,14 +198,10 @@ class _System:
         else:
             product, target = _product(sums["x gone"], weight.T / count), weight @ sums["gone"] / count
         mean = sums["x"] / count
-        moment = square(sums["xx"], len(mean)).div_(count)
+        moment = square(sums["xx"], float(count), mean, centered, dtype)
         if centered:
-            moment, product = moment.addr_(mean, mean, alpha=-1), product.addr_(mean, target, alpha=-1)
-        return cls(moment, product, mean, target, centered)
-
-    def halved(self) -> _System:
-        """In float32."""
-        return replace(self, moment=self.moment.float(), product=self.product.float())
+            product.addr_(mean, target, alpha=-1)
+        return cls(moment, product.to(dtype), mean, target, centered)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """What to add to the weights, float64 [out, in], and to the bias, float64 [out]."""
@@ -189,21 +209,24 @@ class _System:
         return found.T, self.target - self.mean @ found if self.centered else torch.zeros_like(self.target)
 
     def inputs(self) -> Tensor:
-        """The inputs' second moment, float64 [in, in]; about the mean, a constant input keeps a trace of its power."""
-        moment = self.moment.clone()
+        """The inputs' second moment, float32 [in, in]; about the mean, a constant input keeps a trace of its power."""
+        found = self.moment.float()
         if self.centered:
-            power = moment.diagonal() + self.mean.square()
-            moment.diagonal().clamp_(min=TRACE * float(power.mean()))
-        return moment
+            power = self.moment.diagonal() + self.mean.square()
+            found.diagonal().clamp_(min=TRACE * float(power.mean()))
+        return found
 
-    def regress(self, ridge: float) -> Tensor:
-        """(moment + ridge)^-1 product, [in, out]; none where that cannot be factored."""
+    def regress(self, ridge: float, beside: bool = False) -> Tensor:
+        """(moment + ridge)^-1 product, [in, out]; none where that cannot be factored.
+
+        Arguments: `beside`, whether others of the kind are solved beside it.
+        """
         if ridge == math.inf:
             return torch.zeros_like(self.product)
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
         if moment.device == CPU:
-            found = triangular.factored(moment)
+            found = triangular.factored(moment, triangular.coarse(len(moment)) if beside else triangular.TILE)
             return torch.zeros_like(self.product) if found is None else found.solve(self.product)
         lower, failed = torch.linalg.cholesky_ex(moment)
         return torch.zeros_like(self.product) if int(failed) else torch.cholesky_solve(self.product, lower)

@@ -25,7 +25,7 @@ from nashswarm.threads import Team, team
 
 TILE = 128  # rows and columns
 LARGE = 2048  # rows from which on panels are twice as wide: where much is before them, fewer pieces are as fast
-LEAST = 16  # columns that are solved for together, where there are few
+LEAST = 32  # columns that are solved for together, where there are few
 
 
 def tiles(count: int, size: int = TILE) -> list[slice]:
@@ -33,8 +33,15 @@ def tiles(count: int, size: int = TILE) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def panels(count: int) -> list[slice]:
+def coarse(count: int) -> int:
+    """A tile's size where several matrices are factored beside each other, each by few threads."""
+    return max(TILE, count // 16 // TILE * TILE)
+
+
+def panels(count: int, size: int = TILE) -> list[slice]:
     """Columns that are factored together."""
+    if size > TILE:
+        return tiles(count, size)
     narrow = min(count, LARGE)
     wide = [slice(narrow + own.start, narrow + own.stop) for own in tiles(count - narrow, 2 * TILE)]
     return tiles(narrow) + wide
@@ -82,21 +89,24 @@ class Factored:
         return found
 
 
-def factored(matrix: Tensor) -> Factored | None:
-    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite."""
-    places, pivots = panels(len(matrix)), list[Tensor]()
+def factored(matrix: Tensor, size: int = TILE) -> Factored | None:
+    """Of a symmetric matrix, [n, n], which is overwritten. None where it is not positive definite.
+
+    Arguments: `size`, rows and columns of a tile; with few and large pieces, few threads are faster.
+    """
+    places, pivots = panels(len(matrix), size), list[Tensor]()
     behind = slice(len(matrix), len(matrix))
     try:
         with team(len(places)) as run:
             for here in reversed(places):
-                pivots.append(_panel(matrix, here, behind, run))
+                pivots.append(_panel(matrix, here, behind, size, run))
                 behind = here
     except _NotDefiniteError:
         return None
     return Factored(matrix, places, pivots[::-1])
 
 
-def _panel(matrix: Tensor, here: slice, behind: slice, run: Team) -> Tensor:
+def _panel(matrix: Tensor, here: slice, behind: slice, size: int, run: Team) -> Tensor:
     """Factor a panel, [here.stop, here], once what the one behind it gives is taken off everything before that one.
 
     Pieces are begun in the order of the list: the pivot, what is before this panel, and last this panel's rows, which
@@ -127,8 +137,8 @@ def _panel(matrix: Tensor, here: slice, behind: slice, run: Team) -> Tensor:
 
     tasks: list[Callable[[], object]] = [diagonal]
     if behind.start < len(matrix):
-        tasks += [partial(update, *piece) for piece in _pieces(here.start)]
-    tasks += [partial(above, rows) for rows in tiles(here.start)]
+        tasks += [partial(update, *piece) for piece in _pieces(here.start, size)]
+    tasks += [partial(above, rows) for rows in tiles(here.start, size)]
     run(_do, tasks)
     return pivots[0]
 
@@ -137,12 +147,12 @@ def _do(task: Callable[[], object]) -> None:
     task()
 
 
-def _pieces(count: int) -> list[tuple[slice, slice]]:
+def _pieces(count: int, size: int) -> list[tuple[slice, slice]]:
     """Rows and columns of what is on and above the diagonal, and little below; the largest come first."""
-    width = max(8 * TILE, count // 4 // TILE * TILE)  # few pieces, since threads take turns to begin one
+    width = max(8 * size, count // 4 // size * size)  # few pieces, since threads take turns to begin one
     found = [
         (rows, slice(rows.start + own.start, rows.start + own.stop))
-        for rows in tiles(count)
+        for rows in tiles(count, size)
         for own in tiles(count - rows.start, width)
     ]
     return sorted(found, key=lambda piece: math.prod(own.stop - own.start for own in piece), reverse=True)

@@ -145,7 +145,7 @@ def test_kernels_are_plain_python_too(monkeypatch):
     stream = check_round_trip(codes, row, column)
     tables = fitted(codes, row, column)
     monkeypatch.setattr(
-        rans, "kernels", lambda: rans.Kernels(rans._decode_block, rans._encode_block, rans._run_machine)
+        rans, "kernels", lambda: rans.Kernels(rans._decode_block, rans._encode_block, rans._run_machine, rans._count)
     )
     assert entropy.encode(codes, row, column, tables) == stream
     assert np.array_equal(entropy.decode(stream, codes.shape, row, column, tables), codes)
@@ -238,7 +238,7 @@ def test_threads_and_compilation_do_not_matter_with_a_machine(monkeypatch):
     tables = fitted(codes, row, column, machine)
     stream = entropy.encode(codes, row, column, tables, machine=machine, threads=1)
     assert entropy.encode(codes, row, column, tables, machine=machine, threads=3) == stream
-    plain = rans.Kernels(rans._decode_block, rans._encode_block, rans._run_machine)
+    plain = rans.Kernels(rans._decode_block, rans._encode_block, rans._run_machine, rans._count)
     for kernels in (rans.kernels(), plain):
         monkeypatch.setattr(rans, "kernels", lambda kernels=kernels: kernels)
         assert entropy.encode(codes, row, column, tables, machine=machine) == stream

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from nashswarm import streams
 from nashswarm.blocks import batches_of
 from nashswarm.models import load_original
 from nashswarm.propagation import Propagation
-from nashswarm.regression import EDGE, RIDGES, Aim, Sums, _best, lower, lower_size, products, square
+from nashswarm.regression import EDGE, Aim, Sums, lower, lower_size, products, square
 from nashswarm.streams import Streams
 from nashswarm.types import NashSwarmError, TensorSpec
 
@@ -340,17 +339,6 @@ def test_a_moment_is_the_square_of_its_lower_part(size: int) -> None:
             assert found.dtype == dtype
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found, found.T, rtol=1e-6, atol=1e-6)
-
-
-def test_a_ridge_between_two_that_are_tried_is_found() -> None:
-    """By the parabola over its logarithm; not beyond those that are tried, and none where none helps."""
-    tried = np.log(RIDGES[:-1])
-    for ridge in (0.1, 0.2, 0.7, 2.0):
-        errors = np.append((tried - np.log(ridge)) ** 2 - 50, 0.0)
-        assert _best(errors) == pytest.approx(ridge)
-    assert _best(np.append((tried - np.log(0.001)) ** 2 - 200, 0.0)) == RIDGES[0]
-    assert _best(np.append((tried - np.log(90)) ** 2 - 200, 0.0)) == RIDGES[-2]
-    assert _best(np.array([4.0, 3, 2, 1, 0])) == math.inf
 
 
 # --- how much is believed ------------------------------------------------------------------------------------------

@@ -30,10 +30,10 @@ import lzma
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,6 +41,8 @@ from numpy.typing import ArrayLike, NDArray
 from nashswarm import rans, trellis
 from nashswarm.rans import ESCAPE, MAX_LANES, RADIUS, SYMBOLS, TOTAL, EntropyError
 
+R = TypeVar("R")
+T = TypeVar("T")
 CLASSES = 44  # of scale
 TABLES = 2 * CLASSES  # by quantizer and class of scale
 CLASSES_PER_OCTAVE = 4
@@ -49,8 +51,20 @@ BLOCK = 1 << 16  # codes: 40 bytes of block overhead are then 0.005 bit per code
 CODES_PER_LANE = 4096  # at least, so that states (about 3 bytes a lane) stay below 0.006 bit per code
 FORMAT = 1  # without a machine
 VARINT_BYTES = 5  # the longest varint: 35 bits
+TOGETHER = 4  # blocks that are counted by one thread, where several do
 Backend = Literal["auto", "numba", "numpy"]
 Shape = tuple[int, int]
+
+
+class Run(Protocol):
+    """Work on items, in turn or beside each other, as a `threads.Team`."""
+
+    def __call__(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """work(item) of every item."""
+
+
+def _in_turn(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    return [work(item) for item in items]
 
 
 # --- contexts -----------------------------------------------------------------------------------------------
@@ -138,17 +152,28 @@ def histogram(
     column_scale: NDArray[np.int8],
     *,
     machine: trellis.Machine | None = None,
+    run: Run = _in_turn,
 ) -> NDArray[np.int64]:
     """Symbols counted by class: codes int32[rows, cols] -> int64[TABLES, SYMBOLS]. Sum it over the matrices."""
     codes = _checked_codes(codes)
     rows, columns = _checked_scales(row_scale, column_scale, codes.shape)
-    counts, kernels = np.zeros(TABLES * SYMBOLS, np.int64), None if machine is None else rans.kernels()
-    for begin, end in itertools.pairwise(first_rows(codes.shape)):  # block by block: the temporaries stay in cache
-        piece = codes[begin:end]
-        classes = _contexts(piece, rows[begin:end], columns, machine, kernels)
-        index = classes.astype(np.int64) * SYMBOLS + rans.symbols_of(piece)
-        counts += np.bincount(index.ravel(), minlength=counts.size)
-    return counts.reshape(TABLES, SYMBOLS)
+    kernels = rans.kernels()
+
+    def count(blocks: list[tuple[int, int]]) -> NDArray[np.int64]:
+        counts = np.zeros((TABLES, SYMBOLS), np.int64)
+        for begin, end in blocks:  # one by one: the temporaries stay in cache
+            piece = codes[begin:end]
+            classes = _contexts(piece, rows[begin:end], columns, machine, kernels)
+            if kernels:
+                kernels.count(piece.reshape(-1), classes.reshape(-1), counts)
+            else:
+                index = classes.astype(np.int64) * SYMBOLS + rans.symbols_of(piece)
+                counts += np.bincount(index.ravel(), minlength=counts.size).reshape(counts.shape)
+        return counts
+
+    every = [*itertools.pairwise(first_rows(codes.shape).tolist())]
+    total: NDArray[np.int64] = np.sum(run(count, [every[i : i + TOGETHER] for i in range(0, len(every), TOGETHER)]), 0)
+    return total
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -591,7 +616,9 @@ def _best_scale(
     return candidates[best]
 
 
-def fit_scales(codes: NDArray[np.int32], *, rounds: int = 1) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+def fit_scales(
+    codes: NDArray[np.int32], *, rounds: int = 1, run: Run = _in_turn
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     """Row and column scales, int8[rows], int8[cols], of least description length for codes int32[rows, cols].
 
     The model is E|code| = 2^((row + column - 22) / 4), |code| geometric (the rounded Laplacian), |code| > 61 taken
@@ -603,8 +630,15 @@ def fit_scales(codes: NDArray[np.int32], *, rounds: int = 1) -> tuple[NDArray[np
     codes = _checked_codes(codes)
     if not codes.size:
         raise EntropyError(f"a matrix of shape {codes.shape} has no scales")
-    magnitudes = np.abs(np.clip(codes, -RADIUS - 1, RADIUS + 1)).astype(np.float32)
-    mean = magnitudes.mean(axis=0, dtype=np.float64)
+    magnitudes, edges = np.empty(codes.shape, np.float32), first_rows(codes.shape)
+
+    def clip(block: tuple[int, int]) -> NDArray[np.float64]:
+        own = slice(*block)
+        magnitudes[own] = np.abs(np.clip(codes[own], -RADIUS - 1, RADIUS + 1))
+        total: NDArray[np.float64] = magnitudes[own].sum(axis=0, dtype=np.float64)
+        return total
+
+    mean = np.sum(run(clip, itertools.pairwise(edges)), 0) / len(codes)
     ratio = np.log2(np.maximum(mean, 1e-3) / max(mean.mean(), 1e-3))
     column = np.clip(np.rint(CLASSES_PER_OCTAVE * ratio), 1 - CLASSES, CLASSES - 1).astype(np.int64)
     row = _best_scale(magnitudes, column, None)

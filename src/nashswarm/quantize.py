@@ -29,7 +29,7 @@ from nashswarm.recipes import KEPT, method_document, method_files
 from nashswarm.regression import Aim
 from nashswarm.resume import BIAS, Finished, Miss, keep_misses, misses
 from nashswarm.sharding import ShardedStreams
-from nashswarm.streams import Streams
+from nashswarm.streams import Streams, pass_tokens
 from nashswarm.threads import crew, team
 from nashswarm.tuning import Tuned, tune
 from nashswarm.types import (
@@ -57,7 +57,6 @@ STEERING = 0.25  # octaves by which a packing may correct steps, beyond what the
 # Share of the budget that the first round leaves to tuning, which widens codes: files grew by 0.08 to 0.13 % at 3.0
 # bits (by 0.23 % at 2.5, where a second round was needed). The middle of what SLACK allows is the aim.
 GROWTH = 0.0012 + CLOSE
-PASS_TOKENS = 2048  # per forward pass
 
 logger = logging.getLogger(__name__)
 
@@ -440,7 +439,7 @@ def _walks(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterat
     if not tokens:
         yield partial(Plain, model)
     elif isinstance(engine, Ray):
-        sharded = ShardedStreams(engine, load, model.index, ids, tokens, PASS_TOKENS)
+        sharded = ShardedStreams(engine, load, model.index, ids, tokens, pass_tokens(tokens))
 
         def all_begin() -> Walk:
             sharded.start()
@@ -453,7 +452,7 @@ def _walks(model: Model, ids: np.ndarray, tokens: int, engine: Engine) -> Iterat
     else:
 
         def begin() -> Walk:
-            streams = Streams.prepare(load(), model.index, ids, tokens, PASS_TOKENS)
+            streams = Streams.prepare(load(), model.index, ids, tokens, pass_tokens(tokens))
             streams.start()
             return Propagation(streams)
 

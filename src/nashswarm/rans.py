@@ -177,13 +177,21 @@ def _run_machine(
         memory[i + columns] = after[before << 1 | parity]
 
 
+def _count(codes: NDArray[np.int32], classes: NDArray[np.uint8], counts: NDArray[np.int64]) -> None:
+    """Add a block's symbols to their counts by class, [classes, SYMBOLS]."""
+    for i in range(codes.shape[0]):
+        code = np.int64(codes[i])
+        counts[classes[i], code + RADIUS if -RADIUS <= code <= RADIUS else ESCAPE] += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The compiled kernels; the signatures are those of `_decode_block`, `_encode_block` and `_run_machine`."""
+    """The compiled kernels; the signatures are those of the functions above."""
 
     decode_block: Callable[..., int]
     encode_block: Callable[..., int]
     run_machine: Callable[..., None]
+    count: Callable[..., None]
 
 
 @functools.cache
@@ -201,6 +209,7 @@ def kernels() -> Kernels | None:
             jit.compiled(_decode_block, [decoded.format(after) for after in ("none", "uint8[::1]")]),
             jit.compiled(_encode_block, encoded),
             jit.compiled(_run_machine, "void(int32[::1],int64,uint8[::1],int64,uint8[::1])"),
+            jit.compiled(_count, "void(int32[::1],uint8[::1],int64[:,::1])"),
         )
     except ImportError:
         return None

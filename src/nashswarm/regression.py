@@ -122,12 +122,18 @@ class Sums:
     def add(self, found: Compared) -> None:
         """What some windows gave."""
         fold, products = found
-        sums = self.folds[fold]
+        sums, pieces = self.folds[fold], list[tuple[np.ndarray, np.ndarray]]()
         for key, value in products.items():
             own = value.to(wide(value.device))
             if key not in sums:
                 sums[key] = torch.zeros_like(own, dtype=torch.float64)
-            _accumulate(sums[key], own)
+            if own.device == CPU:
+                total, added = sums[key].view(-1).numpy(), own.reshape(-1).numpy()
+                pieces += [(total[part], added[part]) for part in triangular.tiles(len(total), CHUNK)]
+            else:
+                sums[key] += own
+        with team(len(pieces)) as run:  # one for all of them, since it takes time to begin
+            run(_accumulate, pieces)
 
     def correction(self, weight: Tensor, centered: bool, device: torch.device = CPU) -> Correction:
         """Where to round a matrix to, on the processor.
@@ -164,17 +170,7 @@ class Sums:
         # A GPU's libraries are not to be called first by several threads.
         with team(solved if device == CPU else 1) as run:
             errors = run(judge, trials)
-        return _best(np.reshape(errors, (-1, 2)).sum(1))
-
-
-def _best(errors: np.ndarray) -> float:
-    """The ridge of least error, float64 [RIDGES]; between two others, by the parabola over the logarithm of all three."""
-    best = int(errors.argmin())
-    near = slice(best - 1, best + 2)
-    if best < 1 or best + 1 >= len(RIDGES) or not math.isfinite(RIDGES[best + 1]):
-        return RIDGES[best]
-    square, slope, _ = np.polyfit(np.log(RIDGES[near]), errors[near], 2)
-    return math.exp(-slope / (2 * square)) if square > 0 else RIDGES[best]
+        return RIDGES[int(np.argmin(np.reshape(errors, (-1, 2)).sum(1)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,16 +236,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return triangular.product(left, right) if left.device == CPU else left @ right
 
 
-def _accumulate(total: Tensor, value: Tensor) -> None:
-    """Add to it; on the processor, some numbers at a time."""
-    if total.device != CPU:
-        total += value
-        return
-    sums, added = total.view(-1).numpy(), value.reshape(-1).numpy()
-
-    def add(own: slice) -> None:
-        torch.from_numpy(sums[own]).add_(torch.from_numpy(added[own]))
-
-    parts = triangular.tiles(len(sums), CHUNK)
-    with team(len(parts)) as run:
-        run(add, parts)
+def _accumulate(piece: tuple[np.ndarray, np.ndarray]) -> None:
+    """Add the second to the first; by views of numpy's, which cost no turn of Python's lock."""
+    total, added = map(torch.from_numpy, piece)
+    total.add_(added)

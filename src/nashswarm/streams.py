@@ -24,6 +24,8 @@ from nashswarm.regression import Compared, products
 from nashswarm.types import NashSwarmError, TensorSpec
 
 FOLDED = 2048  # tokens of text next to each other that are of the same fold
+PASS_TOKENS = 2048  # per forward pass, at most
+PASSES = 16  # at least, where there are so many windows: as many workers share them
 RESIDUAL_TOLERANCE = 1e-3  # relative; how well a block's output must be the sum of what is said to write to it
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,11 @@ class About(NamedTuple):
     reaches: bool  # whether it multiplies what matrices before it made
     source: str | None = None  # the first matrix that has its inputs, and hence its sums; None where none shares them
     has_bias: bool = False  # whether one can follow it
+
+
+def pass_tokens(tokens: int) -> int:
+    """Of a forward pass over so many tokens of calibration; it has a window at least."""
+    return min(PASS_TOKENS, -(-tokens // PASSES))
 
 
 def turn_of(windows: Tensor) -> int:

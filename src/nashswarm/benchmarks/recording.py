@@ -24,7 +24,7 @@ from torch import Tensor
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
 from nashswarm.benchmarks.apart import alone, peak_bytes
 from nashswarm.benchmarks.quantization import Shape, open_model, random_text, write_model
-from nashswarm.benchmarks.workload import BATCH, INSIDE, PASS, TABLES, At, Model, takes_time
+from nashswarm.benchmarks.workload import BATCH, INSIDE, PREFIX, TABLES, At, Model, pass_of, takes_time
 from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_method
 from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
@@ -38,9 +38,10 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "allocator": "uniform", "codec": "gptq", "bits": 4, "group": 128, "embedding_bits": 4, "embedding_group": 64,
     },
     "market-tiles-3_25": {"allocator": "market", "codec": "tiles", "columns": 64, "budget": 3.25},
-    "market-coded-3_0": {"allocator": "market", "codec": "coded", "budget": 3.0},
+    "market-coded-3_0": {"allocator": "market", "codec": "coded", "prefix_tokens": 32768, "budget": 3.0},
 }  # fmt: skip
-SCORED, EVALUATED, PREFIX = 2 * BATCH, 2 * BATCH, 2 * PASS  # tokens; a prefix has two folds
+SCORED, EVALUATED = 2 * BATCH, 2 * BATCH  # tokens
+PASSED = 2  # batches of a prefix, which has two folds
 READING = Evaluation(batch_tokens=BATCH, paper=PaperProtocol(texts=(1,)))
 TINY = Shape(1, 128, 2, 300)  # what is run before anything is recorded: libraries, compiled code
 
@@ -263,8 +264,9 @@ def packed_once(
     clock: Callable[[], float] = time.process_time,
 ) -> Record:
     """What an engine writes down of one round of packing, whatever it takes."""
-    once, engine = dataclasses.replace(allocation, asked_bytes=None), Recorder(PREFIX // PASS, clock)
-    quantize.pack(model, method, once, random_text(model.index, PREFIX), target, quiet, None, engine)
+    once, engine = dataclasses.replace(allocation, asked_bytes=None), Recorder(PASSED, clock)
+    ids = random_text(model.index, PASSED * tokens_of("pack", method.name))
+    quantize.pack(model, method, once, ids, target, quiet, None, engine)
     return record_of("pack", method.name, model.index, engine)
 
 
@@ -323,7 +325,7 @@ def units(found: Record) -> list[Unit]:
         if chained and call.label == "_encode":  # what comes before is the driver's correction
             groups.setdefault(("correct", call.about), []).append(call)
     for (label, about), calls in groups.items():
-        at = _at(model, stage, label, about)
+        at = _at(model, stage, found.method, label, about)
         for part in ("gap", "before", "seconds", "after"):
             if label != "end" and takes_time(stage, label, part, at):
                 # A block is read for the first batch of a worker, and each worker has a first.
@@ -339,10 +341,15 @@ def rounds(found: Record) -> int:
     return sum("wte" in c.about for c in found.calls if c.label == "_encode")
 
 
-def _at(model: Model, stage: str, label: str, about: str) -> At:
+def _at(model: Model, stage: str, method: str, label: str, about: str) -> At:
     role = next((r for r in (*INSIDE, *TABLES) if f".{r}." in about), "")
     first = label == "about" and ".h.0." in about
-    return At(model, role, PASS if stage == "pack" else BATCH, first)
+    return At(model, role, tokens_of(stage, method), first)
+
+
+def tokens_of(stage: str, method: str) -> int:
+    """Of a batch."""
+    return pass_of(method) if stage == "pack" and method in PREFIX else BATCH
 
 
 def _once(found: Iterable[Unit]) -> list[Unit]:

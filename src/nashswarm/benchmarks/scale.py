@@ -14,7 +14,7 @@ import numpy as np
 
 from nashswarm import preflight
 from nashswarm.benchmarks.costs import Cost, Rates, fit
-from nashswarm.benchmarks.recording import METHODS, PREFIX, SCORED, Record, Unit, rounds, units
+from nashswarm.benchmarks.recording import METHODS, PASSED, SCORED, Record, Unit, rounds, tokens_of, units
 from nashswarm.benchmarks.schedule import NONE, Network, Phase, Sum, Task, jobs, makespan, serial
 from nashswarm.benchmarks.workers import BEHIND
 from nashswarm.benchmarks.workload import (
@@ -24,13 +24,14 @@ from nashswarm.benchmarks.workload import (
     FIRST,
     INSIDE,
     OFFERED,
-    PASS,
+    PREFIX,
     TABLES,
     At,
     Model,
     Text,
     counts,
     parts,
+    pass_of,
     returned,
     sent,
 )
@@ -187,7 +188,7 @@ class Stages:
             return Phase([replace(one, seconds=one.seconds * size, returned=back)] * members, gap(label, at))
 
         def matrix(role: str, first: bool) -> list[Phase]:
-            at = At(self.model, role, PASS)
+            at = At(self.model, role, pass_of(method))
             rounding = self._task("pack", method, "_encode", at, chained=True)
             rounding = replace(rounding, seconds=crew("_encode", "seconds", at) * rounding.seconds)
             if role in TABLES:
@@ -195,7 +196,7 @@ class Stages:
             enter = call("about", replace(at, first=first)) if role == FIRST else Phase(gap=gap("about", at))
             adding = self.prices.seconds("pack", method, "add", "seconds", at) * crew("add", "seconds", at)
             # So many batches were added where corrections were recorded.
-            correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - PREFIX // PASS) * adding
+            correcting = gap("correct", at) * crew("correct", "gap", at) + (batches - PASSED) * adding
             return [enter, call("compare", at), Phase([rounding], correcting), call("put", at)]
 
         places = [(role, False) for role in TABLES]
@@ -317,7 +318,7 @@ def memory(model: Model) -> dict[str, float]:
     """Name of a stage and method -> GiB, by params.yaml's tokens."""
     text = Text()
     found = {"score": need(model, "score", "all", text.score * BATCH, 0)}
-    found |= {f"pack {m}": need(model, "pack", m, 0, text.prefix.get(m, 0) * PASS) for m in METHODS}
+    found |= {f"pack {m}": need(model, "pack", m, 0, PREFIX.get(m, 0)) for m in METHODS}
     return {name: round(gib, 1) for name, gib in found.items()}
 
 
@@ -436,8 +437,7 @@ def units_of(document: Mapping[str, Any]) -> list[Unit]:
         stage, method, label, part, role, *first, size = key.split()
         width, vocabulary = map(int, size.split("x"))
         layers = document["stages"][f"{stage} {method} {size}"]["layers"]
-        tokens = PASS if stage == "pack" else BATCH
-        at = At(Model(layers, width, vocabulary), "" if role == "-" else role, tokens, bool(first))
+        at = At(Model(layers, width, vocabulary), "" if role == "-" else role, tokens_of(stage, method), bool(first))
         found.append(Unit(stage, method, label, part, at, seconds))
     return found
 
@@ -449,7 +449,7 @@ def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float
     """
     measured = units_of(document)
     found: dict[str, Any] = {}
-    text = Text(SCORED // BATCH, dict.fromkeys(CHAINED, PREFIX // PASS))
+    text = Text(SCORED // BATCH, dict.fromkeys(CHAINED, PASSED))
     for key, stage in document["stages"].items():
         name, method, size = key.split()
         width, vocabulary = map(int, size.split("x"))
@@ -460,13 +460,13 @@ def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float
         for kind, own in (("calls", prices), ("sums", replace(prices, measured={})), ("others", others)):
             said = Stages(own, model, ratio, text).repeated(name, method, stage["rounds"])
             found[key][kind] = _digits(said / stage["seconds"])
-        found[key]["preflight_gib"] = _digits(need(model, name, method, SCORED, PREFIX))
+        found[key]["preflight_gib"] = _digits(need(model, name, method, SCORED, PASSED * tokens_of(name, method)))
     return found
 
 
 def pair(prices: Prices, ratio: Mapping[str, float], network: Network) -> dict[str, float]:
     """Seconds of the stages that `workers` measures with two workers, by simulation; one round of packing."""
-    model, text = Model(2, 768, 4096), Text(4, dict.fromkeys(CHAINED, BEHIND // PASS), 4)
+    model, text = Model(2, 768, 4096), Text(4, {m: BEHIND // pass_of(m) for m in CHAINED}, 4)
     stages, cases = Stages(prices, model, ratio, text), (("score", "all"), ("evaluate", "gptq4-g128"))
     found = {f"{stage} 8192 tokens": stages.many(stage, method, 2, network) for stage, method in cases}
     found |= {f"pack {m}": stages.many("pack", m, 2, network) for m in ("gptq4-g128", "market-coded-3_0")}

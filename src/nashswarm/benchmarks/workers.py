@@ -97,7 +97,7 @@ def allocate(root: Path, name: str, engine: Engine) -> None:
 
 def pack(root: Path, name: str, engine: Engine) -> None:
     """Pack by a method, whose bits are decided once."""
-    model, method = open_model(root), parse_method(name, METHODS[name])  # a market's prefix is BEHIND by default
+    model, method = open_model(root), parse_method(name, METHODS[name])
     if not bits(root, name).exists():
         allocate(root, name, Local(2))
     allocation = artifacts.read_allocation(bits(root, name))

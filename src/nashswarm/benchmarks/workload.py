@@ -12,13 +12,21 @@ from nashswarm import entropy, rans
 from nashswarm.benchmarks.costs import Counts
 from nashswarm.regression import JUDGED, lower_size
 from nashswarm.statistics import cuts
+from nashswarm.streams import pass_tokens
 
 CONTEXT = 1024
-BATCH, PASS = 2048, 2048  # tokens of a pass: of score and evaluate, of the quantized prefix
+BATCH = 2048  # tokens of a pass of score and evaluate
+PREFIX = {"market-tiles-3_25": 16384, "market-coded-3_0": 32768}  # tokens of calibration; params.yaml's
+CHAINED = tuple(PREFIX)
 FIRST, WRITERS = "attn.c_attn", ("attn.c_proj", "mlp.c_proj")
 INSIDE = (FIRST, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # in the order in which they run
 TABLES = ("wte", "wpe")
 HISTOGRAM = 8 * entropy.TABLES * rans.SYMBOLS  # bytes, of what a matrix' codes are counted by
+
+
+def pass_of(method: str) -> int:
+    """Tokens of a pass behind the quantized prefix."""
+    return pass_tokens(PREFIX[method])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +34,7 @@ class Text:
     """Number of batches. The defaults are params.yaml's, and WikiText-2's test text in GPT-2's tokens."""
 
     score: int = 16  # scoring.tokens over BATCH
-    prefix: Mapping[str, int] = field(  # prefix_tokens over PASS
-        default_factory=lambda: {"market-tiles-3_25": 8, "market-coded-3_0": 16}
-    )
+    prefix: Mapping[str, int] = field(default_factory=lambda: {m: t // pass_of(m) for m, t in PREFIX.items()})
     evaluate: int = -(-283_000 // BATCH)
 
 
@@ -206,7 +212,6 @@ def _batch(at: At) -> Counts:
 
 ROUND = {"rtn4-g64": _nearest, "gptq4-g128": _round_columns, "market-tiles-3_25": _round, "market-coded-3_0": _round}
 OFFERED = {"market-tiles-3_25": 8 * 17 / (16 * 64)}  # bytes a weight: sizes, damages and weights of every tile
-CHAINED = ("market-tiles-3_25", "market-coded-3_0")
 
 # (stage, label, whose seconds) -> counts. `_encode` goes by method, see ROUND.
 COUNTS: Mapping[tuple[str, str, str], Callable[[At], Counts]] = {

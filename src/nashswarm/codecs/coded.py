@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nashswarm import entropy, feedback, rounding, trellis
+from nashswarm import entropy, feedback, rans, rounding, trellis
 from nashswarm.patches import Patch
+from nashswarm.threads import team
 from nashswarm.types import Candidates, InputError, Job, PackedTensor, TensorSpec, Tuning
 
 SELLS = ("candidates",)
@@ -166,7 +167,8 @@ def _round_sample(scaled: Tensor) -> tuple[np.ndarray, Tensor]:
 
 def _coded_bytes(codes: np.ndarray, counts: np.ndarray) -> float:
     """Of codes with tables of their own."""
-    return entropy.estimate_bytes(counts, entropy.fit_tables(counts)) + entropy.long_escape_bytes(codes)
+    beyond = entropy.long_escape_bytes(codes) if counts[:, rans.ESCAPE].any() else 0
+    return entropy.estimate_bytes(counts, entropy.fit_tables(counts)) + beyond
 
 
 def _loss_model(job: Job, settings: Settings) -> tuple[feedback.LossModel, Steps]:
@@ -280,9 +282,11 @@ def round_one(job: Job, settings: Settings) -> Rounded:
 
 def _fitted(codes: np.ndarray, machine: trellis.Machine) -> dict[str, Any]:
     """What `Rounded` holds of codes, int32 [out, in]; here, since matrices are rounded beside each other."""
-    contexts = entropy.fit_scales(codes)
-    counts = entropy.histogram(codes, *contexts, machine=machine)
-    narrow = codes.astype(np.min_scalar_type(-1 - np.abs(codes).max(initial=0)))
+    with team(len(codes)) as run:
+        contexts = entropy.fit_scales(codes, run=run)
+        counts = entropy.histogram(codes, *contexts, machine=machine, run=run)
+    most = np.abs(codes).max(initial=0) if counts[:, rans.ESCAPE].any() else rans.RADIUS
+    narrow = codes.astype(np.min_scalar_type(-1 - most))
     return {"codes": narrow, "contexts": contexts, "counts": counts, "size": _coded_bytes(codes, counts)}
 
 

@@ -181,7 +181,7 @@ def test_calls_move_what_the_formulas_say(records: list[recording.Record]) -> No
         if found.stage not in ("score", "pack"):
             continue
         for call in found.calls:
-            at = recording._at(found.model, found.stage, call.label, call.about)
+            at = recording._at(found.model, found.stage, found.method, call.label, call.about)
             if call.label in ("_embedded", "_forward", "_head", "_block", "put", "_encode"):
                 assert call.sent == sent(call.label, at), call
             if call.label in ("_embedded", "_forward", "_head", "_block", "_head.result", "_block.result", "put"):

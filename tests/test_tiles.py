@@ -12,7 +12,7 @@ import torch
 from test_codecs import NAME, damage, job_of, normal, statistics, tiled, with_outlier
 from torch import Tensor
 
-from nashswarm import feedback
+from nashswarm import clipped, feedback
 from nashswarm.allocators import market
 from nashswarm.bitpack import pack
 from nashswarm.codecs import tiles
@@ -122,14 +122,15 @@ def test_tiles_of_other_shapes() -> None:
 def test_grids_are_fitted_to_what_comes_to_each_column(monkeypatch: pytest.MonkeyPatch) -> None:
     """What earlier tiles leave of values, by U^-1: columns of a tile move by what those before them in it hand on; and
     what rows before this patch hand to it."""
-    job, real, fitted = job_of(normal(90, 70), Choice(tiles=("333",) * 18)), tiles._fit_tiles, list[np.ndarray]()
+    job, real, fitted = job_of(normal(90, 70), Choice(tiles=("333",) * 18)), clipped._fit, list[np.ndarray]()
     job = dataclasses.replace(job, statistics=with_gradients((90, 70)))
 
     def spy(values: np.ndarray, *others: Any) -> tuple[np.ndarray, np.ndarray]:
         fitted.append(values.copy())
         return real(values, *others)
 
-    monkeypatch.setattr(tiles, "_fit_tiles", spy)
+    monkeypatch.setattr(clipped, "_fit", spy)
+    monkeypatch.setattr(clipped, "_kernels", lambda: (clipped._search, clipped._round_tiles))  # plain Python
     rounded = tiles.decode(tiles.encode(job, tiles.Settings(rows=5, columns=32)))
     model, (weight, exponent) = tiles._loss_model(job, 5)[0], tiles._normalized(job)
     assert model.spread is not None

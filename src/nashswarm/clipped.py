@@ -7,6 +7,7 @@ even, else 0: of two neighbouring steps one has a grid that is symmetric, and th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from nashswarm.patches import PATCH, Patch
 
 STEPS_PER_OCTAVE = 8
 LEAST = 2.0**-100  # weights below are taken for it
+TABLED = 4096  # e of steps that are tabled, in both directions: float32 ends before
 LANES = 64  # groups of weights that are searched at the same time
 
 
@@ -56,37 +58,65 @@ def _searched(
     return best, least
 
 
-def round_patch(patch: Patch, steps: np.ndarray, halves: np.ndarray, middles: np.ndarray) -> np.ndarray:
-    """Round a patch in place, as `Patch` says; its codes q, int16 [C, R].
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Grids of a matrix' tiles, S strips of T tiles, which are filled in as they are fitted.
 
-    Arguments: s, h and m of every row, float32 [R]. Where the step is zero, so is the value, and q is -h.
+    The step of a row of a tile is that of e = lowest + tile + level, where level is in [0, levels) and tile a byte; 0
+    where the row's byte is 0, which else is level + 1.
     """
-    codes = np.empty(patch.values.shape, np.int16)
-    given = patch.weights, patch.values, patch.handed, patch.between, patch.spread
-    _kernels()[1](*given, steps, halves, middles, codes)
-    return codes
 
+    rows: int  # of a tile
+    columns: int
+    levels: int
+    lowest: int
+    tries: np.ndarray  # int64 [9], by the width in bits
+    widths: np.ndarray  # uint8 [S, T], bits
+    tile: np.ndarray  # uint8 [S, T]
+    row: np.ndarray  # uint8 [S, T, rows]
+    codes: np.ndarray  # uint8 [in, out], columns in rounding order, both padded to whole tiles; q + h
 
-def expected(patch: Patch) -> np.ndarray:
-    """What comes to a patch's elements if rounding the columns before leaves nothing: targets, float32 [C, R].
+    def round_patch(self, patch: Patch, power: np.ndarray) -> None:
+        """Fit the grids of a patch's tiles to what comes to them, and round it in place, as `Patch` says.
 
-    The rounded then are the targets, and what the weights differ by from these is handed on to later columns. What the
-    patch's rows will hand each other is left out: with it, KL of the reference model at 2.5 and at 3.25 bits was 0.198
-    and 0.0614, without 0.195 and 0.0607.
-    """
-    found: np.ndarray = patch.values + patch.handed
-    _kernels()[2](patch.weights, patch.between, found)
-    return found
+        A tile's turn comes when those before it in the patch are rounded. Its targets are then what they would be if
+        rounding left nothing of its columns: each is what the column's values are, with what rows before the patch
+        hand on, and what the weights of the columns before it in the tile differ by from their targets is handed on to
+        it. What the patch's rows will hand each other is left out: with it, KL of the reference model at 2.5 and at
+        3.25 bits was 0.198 and 0.0614, without 0.195 and 0.0607. A tile's byte follows its largest step. Rows whose
+        steps would lie below its range take the range's end, or the step 0 where that is nearer.
+
+        Arguments: `power`, float32 [C], what a squared error of a column counts. The patch begins with a whole tile, as
+        do its pieces.
+        """
+        place, count = patch.place[0], len(patch.columns)
+        first, last = place // self.columns, -(-(place + count) // self.columns)
+        own = (values[:, first:last] for values in (self.widths, self.tile, self.row))
+        given = patch.weights, patch.values, patch.handed, patch.between, patch.spread, power, patch.rows, patch.edges
+        shape = self.columns, self.levels, self.lowest
+        _kernels()[1](*given, *shape, self.tries, *_table(), *own, self.codes[place : place + count])
 
 
 @cache
-def _kernels() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    vector, matrix = "float32[::1]", "float32[:, ::1]"
+def _table() -> tuple[np.ndarray, np.ndarray]:
+    """Steps and middles of e from -TABLED on: those that files are decoded with, to the last digit."""
+    eighths = np.arange(-TABLED, TABLED)
+    with np.errstate(over="ignore"):
+        return step(eighths), middle(eighths)
+
+
+@cache
+def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+    from numba.extending import register_jitable
+
+    vector, matrix, part = "float32[::1]", "float32[:, ::1]", "float32[:, :]"
     search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
-    part = "float32[:, :]"
-    patch = f"void({part}, {part}, {part}, {matrix}, {part}, {vector}, {vector}, {vector}, int16[:, ::1])"
-    expect = f"void({part}, {matrix}, {matrix})"
-    return jit.compiled(_search, search), jit.compiled(_round, patch), jit.compiled(_expect, expect)
+    compiled = jit.compiled(_search, search)
+    for function in (_search, _expect, _best, _fit, _round):
+        register_jitable(function)  # each stays plain Python, too
+    patch = f"{part}, {part}, {part}, {matrix}, {part}, {vector}, int64[::1], int64[::1]"
+    grids = f"int64, int64, int64, int64[::1], {vector}, {vector}, uint8[:, :], uint8[:, :], uint8[:, :, :]"
+    return compiled, jit.compiled(_round_tiles, f"void({patch}, {grids}, uint8[:, ::1])")
 
 
 def _search(
@@ -124,6 +154,140 @@ def _search(
                     least[start + lane], best[start + lane] = errors[lane], eighths[i, start + lane]
 
 
+def _round_tiles(
+    weights: np.ndarray,
+    values: np.ndarray,
+    handed: np.ndarray,
+    between: np.ndarray,
+    spread: np.ndarray,
+    power: np.ndarray,
+    places: np.ndarray,
+    edges: np.ndarray,
+    size: int,
+    levels: int,
+    lowest: int,
+    tries: np.ndarray,
+    steps: np.ndarray,
+    middles: np.ndarray,
+    widths: np.ndarray,
+    tile: np.ndarray,
+    row: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """One tile of every strip after the other. Arguments: `places`, the patch's rows in the matrix."""
+    total, count = values.shape
+    for number in range(widths.shape[1]):
+        first, last = number * size, min((number + 1) * size, total)
+        bits = np.empty(count, np.int64)
+        for place in range(count):
+            bits[place] = widths[places[place] // row.shape[2], number]
+        halves, found = np.exp2(bits - 1).astype(np.float32), np.empty((last - first, count), np.float32)
+        _expect(weights[first:last], values[first:last], handed[first:last], between[first:last, first:last], found)
+        byte, level = _fit(found, power[first:last], bits, halves, edges, levels, lowest, tries, steps, middles)
+        step, middle = np.zeros(count, np.float32), np.empty(count, np.float32)
+        for piece in range(len(edges) - 1):
+            strip = places[edges[piece]] // row.shape[2]
+            tile[strip, number] = byte[piece]
+            for place in range(edges[piece], edges[piece + 1]):
+                row[strip, number, places[place] % row.shape[2]] = level[place]
+                entry = TABLED + lowest + byte[piece] + level[place] - 1
+                middle[place] = middles[entry]
+                if level[place]:
+                    step[place] = steps[entry]
+                else:
+                    halves[place] = np.float32(0)
+        rounded = np.empty((last - first, count), np.int16)
+        behind = weights[first:], values[first:], handed[first:], between[first:, first:]
+        _round(*behind, spread, step, halves, middle, rounded)
+        for column in range(last - first):
+            for place in range(count):
+                codes[first + column, places[place]] = rounded[column, place] + halves[place]
+
+
+def _expect(
+    weights: np.ndarray, values: np.ndarray, handed: np.ndarray, between: np.ndarray, found: np.ndarray
+) -> None:
+    """Targets of a tile's columns, [columns, rows]; see `Tiles.round_patch`."""
+    columns, rows = found.shape
+    for column in range(columns):
+        for row in range(rows):
+            found[column, row] = values[column, row] + handed[column, row]
+    moved = np.empty(rows, np.float32)
+    for column in range(columns if len(between) else 0):
+        for row in range(rows):
+            moved[row] = weights[column, row] - found[column, row]
+        for later in range(column + 1, columns):
+            for row in range(rows):
+                found[later, row] += between[column, later] * moved[row]
+
+
+def _fit(
+    values: np.ndarray,
+    power: np.ndarray,
+    bits: np.ndarray,
+    halves: np.ndarray,
+    edges: np.ndarray,
+    levels: int,
+    lowest: int,
+    tries: np.ndarray,
+    steps: np.ndarray,
+    middles: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of tiles, int64 [pieces], and of their rows, int64 [rows], for targets [columns, rows]."""
+    columns, rows = values.shape
+    peak, nothing, most = np.full(rows, LEAST, np.float32), np.zeros(rows, np.float32), 1
+    for column in range(columns):
+        for row in range(rows):
+            value = values[column, row]
+            peak[row] = max(peak[row], abs(value))
+            nothing[row] += power[column] * value * value
+    for row in range(rows):
+        most = max(most, tries[bits[row]])
+    eighths = np.empty((most, rows), np.int64)
+    for row in range(rows):
+        first = np.int64(np.ceil(STEPS_PER_OCTAVE * np.log2(peak[row] / halves[row]))) + 1
+        first = min(max(first, -TABLED // 2), TABLED // 2)  # where values are not finite
+        for i in range(most):
+            eighths[i, row] = first - min(i, tries[bits[row]] - 1)
+    best, error = _best(values, power, halves, eighths, steps, middles)
+    tile, chosen = np.zeros(len(edges) - 1, np.int64), np.empty((1, rows), np.int64)
+    for piece in range(len(edges) - 1):
+        highest = lowest
+        for row in range(edges[piece], edges[piece + 1]):
+            if bits[row] and error[row] < nothing[row]:
+                highest = max(highest, best[row] - levels + 1)
+        tile[piece] = min(highest - lowest, 255)
+        for row in range(edges[piece], edges[piece + 1]):
+            useful = bits[row] and error[row] < nothing[row]
+            level = min(max(best[row] - lowest - tile[piece], 0), levels - 1) if useful else 0
+            chosen[0, row] = lowest + tile[piece] + level
+    _, error = _best(values, power, halves, chosen, steps, middles)
+    found = np.zeros(rows, np.int64)
+    for piece in range(len(edges) - 1):
+        for row in range(edges[piece], edges[piece + 1]):
+            if bits[row] and error[row] < nothing[row]:
+                found[row] = chosen[0, row] - lowest - tile[piece] + 1
+    return tile, found
+
+
+def _best(
+    values: np.ndarray,
+    power: np.ndarray,
+    halves: np.ndarray,
+    eighths: np.ndarray,
+    steps: np.ndarray,
+    middles: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `search`, of those e, [tries, rows]."""
+    own, centers = np.empty(eighths.shape, np.float32), np.empty(eighths.shape, np.float32)
+    for i in range(len(eighths)):
+        for row in range(eighths.shape[1]):
+            own[i, row], centers[i, row] = steps[eighths[i, row] + TABLED], middles[eighths[i, row] + TABLED]
+    best, least = np.empty(len(halves), np.int64), np.empty(len(halves), np.float32)
+    _search(values, power, halves, eighths, own, centers, best, least)
+    return best, least
+
+
 def _round(
     weights: np.ndarray,
     values: np.ndarray,
@@ -135,7 +299,10 @@ def _round(
     middles: np.ndarray,
     codes: np.ndarray,
 ) -> None:
-    """PATCH rows at a time, so that what all columns need of them stays near; then what they hand to those behind."""
+    """As many columns as there are codes for, PATCH rows at a time; then what these hand to those behind.
+
+    All that columns need of so many rows stays near. Weights and values of columns behind are there, too.
+    """
     (total, count), half = values.shape, np.float32(0.5)
     taken, padded = np.empty(PATCH, np.float32), np.zeros((PATCH, PATCH), np.float32)
     for first in range(0, count, PATCH):
@@ -144,7 +311,7 @@ def _round(
             padded[row, :own] = spread[first + row, first : first + own]
         left, value = np.empty((total, own), np.float32), np.empty((total, own), np.float32)
         left[:], value[:] = weights[:, first : first + own], values[:, first : first + own]
-        for column in range(total):
+        for column in range(len(codes)):
             taken[:own] = handed[column, first : first + own]
             for place in range(own):
                 row = first + place
@@ -164,14 +331,7 @@ def _round(
                 for place in range(own):
                     value[other, place] += between[column, other] * left[column, place]
         weights[:, first : first + own], values[:, first : first + own] = left, value
-        for column in range(total if len(spread) else 0):
+        for column in range(len(codes) if len(spread) else 0):
             for place in range(own):
                 for later in range(first + own, count):
                     handed[column, later] += value[column, place] * spread[first + place, later]
-
-
-def _expect(weights: np.ndarray, between: np.ndarray, found: np.ndarray) -> None:
-    for column in range(len(between)):
-        for other in range(column + 1, len(between)):
-            for row in range(found.shape[1]):
-                found[other, row] += between[column, other] * (weights[column, row] - found[column, row])

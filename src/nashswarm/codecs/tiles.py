@@ -152,24 +152,6 @@ def _normalized(job: Job) -> tuple[Tensor, int]:
 # --- grids ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_tiles(
-    values: np.ndarray, power: np.ndarray, widths: np.ndarray, edges: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """One tile of some strips: values float32 [columns, rows], widths uint8 [rows] -> uint8 [strips], [rows].
-
-    The tile's byte follows its largest step. Rows whose steps would lie below its range take the range's end, or the
-    step 0 where that is nearer. Arguments: `edges`, where strips begin, and their end.
-    """
-    nothing, nowhere = power @ np.square(values), -(1 << 30)
-    found, error = _fit(values, power, widths)
-    best = np.where((error < nothing) & (widths > 0), found, nowhere)
-    tile = (np.maximum.reduceat(best, edges[:-1]) + OFFSET - (LEVELS - 1)).clip(0, TOP)
-    lowest = tile.repeat(np.diff(edges)) - OFFSET
-    row = (best - lowest).clip(0, LEVELS - 1)
-    error = clipped.error(values, power, row + lowest, _half(widths))
-    return tile.astype(np.uint8), np.where((error < nothing) & (widths > 0), row + 1, 0).astype(np.uint8)
-
-
 def _fit(values: np.ndarray, power: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Best steps and errors of rows, values float32 [columns, rows], as by `clipped.search`."""
     return clipped.search(values, power, _half(widths), TRIES[widths])
@@ -256,22 +238,15 @@ def encode(job: Job, settings: Settings) -> PackedTensor:
     widths = _widths(job, cut)
     codes = np.zeros((cut.tiles * cut.columns, cut.strips * cut.rows), np.uint8)
     tile, row = np.zeros(widths.shape, np.uint8), np.zeros((*widths.shape, cut.rows), np.uint8)
+    grids = clipped.Tiles(cut.rows, cut.columns, LEVELS, -OFFSET, TRIES, widths, tile, row, codes)
 
     def visit(patch: Patch) -> None:
-        """Fit grids to what comes to these tiles, and round to them."""
-        here, k = slice(patch.place[0], patch.place[0] + len(patch.columns)), patch.place[0] // cut.columns
-        (strip, inside), edges = np.divmod(patch.rows, cut.rows), patch.edges
-        own = widths[strip, k]
-        found = _fit_tiles(clipped.expected(patch), power[here], own, edges)
-        tile[strip[edges[:-1]], k], row[strip, k, inside] = found
-        each = found[0].repeat(np.diff(edges)), found[1][:, None]
-        steps, middles = _steps(*each, -OFFSET)[:, 0], _middles(*each)[:, 0]
-        halves = _half(own) * (steps > 0)
-        codes[here, patch.rows] = clipped.round_patch(patch, steps, halves, middles) + halves
+        grids.round_patch(patch, power[patch.place[0] :][: len(patch.columns)])
 
     strips = feedback.row_order(weight, model.spread).numpy() // cut.rows
     edges = [0, *np.flatnonzero(np.diff(strips)) + 1, len(strips)]
-    feedback.sweep(weight, model.columns, model.spread, cut.columns, edges, visit)
+    size = cut.columns * max(1, cut.shape[1] // feedback.STEPS // cut.columns)
+    feedback.sweep(weight, model.columns, model.spread, size, edges, visit)
     stored = _file_order(widths)
     index = np.searchsorted(TILE_WIDTHS, widths)
     arrays = {

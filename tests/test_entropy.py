@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from math import erf
 
@@ -245,6 +246,22 @@ def test_threads_and_compilation_do_not_matter_with_a_machine(monkeypatch):
         for n in (1, 3):
             decoded = entropy.decode(stream, codes.shape, row, column, tables, machine=machine, threads=n)
             assert np.array_equal(decoded, codes)
+
+
+def test_scales_and_counts_are_the_same_by_several_threads(monkeypatch):
+    monkeypatch.setattr(entropy, "BLOCK", 512)
+    rng, machine = np.random.default_rng(23), MACHINES[1]
+    codes = laplace(rng, *scales(rng, 90, 50))
+    with ThreadPoolExecutor(3) as pool:
+
+        def run(work, items):
+            return list(pool.map(work, items))
+
+        found = entropy.fit_scales(codes, run=run)
+        assert all(map(np.array_equal, found, entropy.fit_scales(codes)))
+        counts = [entropy.histogram(codes, *found, machine=machine, **own) for own in ({}, {"run": run})]
+    assert len(entropy.first_rows(codes.shape)) > 3
+    assert np.array_equal(*counts)
 
 
 @pytest.mark.parametrize(("bits", "saved"), [(1.0, 0.045), (2.0, 0.012), (3.0, 0.004)])

@@ -245,7 +245,7 @@ def _fit(
         most = max(most, tries[bits[row]])
     eighths = np.empty((most, rows), np.int64)
     for row in range(rows):
-        first = np.int64(np.ceil(STEPS_PER_OCTAVE * np.log2(peak[row] / halves[row]))) + 1
+        first = int(np.ceil(STEPS_PER_OCTAVE * np.log2(peak[row] / halves[row]))) + 1
         first = min(max(first, -TABLED // 2), TABLED // 2)  # where values are not finite
         for i in range(most):
             eighths[i, row] = first - min(i, tries[bits[row]] - 1)

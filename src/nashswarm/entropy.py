@@ -51,7 +51,7 @@ BLOCK = 1 << 16  # codes: 40 bytes of block overhead are then 0.005 bit per code
 CODES_PER_LANE = 4096  # at least, so that states (about 3 bytes a lane) stay below 0.006 bit per code
 FORMAT = 1  # without a machine
 VARINT_BYTES = 5  # the longest varint: 35 bits
-TOGETHER = 4  # blocks that are counted by one thread, where several do
+PARTS = 32  # of a matrix' blocks, where several threads count
 Backend = Literal["auto", "numba", "numpy"]
 Shape = tuple[int, int]
 
@@ -157,23 +157,27 @@ def histogram(
     """Symbols counted by class: codes int32[rows, cols] -> int64[TABLES, SYMBOLS]. Sum it over the matrices."""
     codes = _checked_codes(codes)
     rows, columns = _checked_scales(row_scale, column_scale, codes.shape)
-    kernels = rans.kernels()
+    edges, kernels, after = first_rows(codes.shape), rans.kernels(), _transitions(machine)
 
-    def count(blocks: list[tuple[int, int]]) -> NDArray[np.int64]:
+    def count(own: NDArray[np.int64]) -> NDArray[np.int64]:
         counts = np.zeros((TABLES, SYMBOLS), np.int64)
-        for begin, end in blocks:  # one by one: the temporaries stay in cache
+        if kernels:
+            kernels.count(codes, own, rows, columns, np.zeros(2, np.uint8) if after is None else after, counts)
+            return counts
+        for begin, end in itertools.pairwise(own):  # block by block: the temporaries stay in cache
             piece = codes[begin:end]
-            classes = _contexts(piece, rows[begin:end], columns, machine, kernels)
-            if kernels:
-                kernels.count(piece.reshape(-1), classes.reshape(-1), counts)
-            else:
-                index = classes.astype(np.int64) * SYMBOLS + rans.symbols_of(piece)
-                counts += np.bincount(index.ravel(), minlength=counts.size).reshape(counts.shape)
+            index = _contexts(piece, rows[begin:end], columns, machine, kernels).astype(np.int64) * SYMBOLS
+            counts += np.bincount((index + rans.symbols_of(piece)).ravel(), minlength=counts.size).reshape(counts.shape)
         return counts
 
-    every = [*itertools.pairwise(first_rows(codes.shape).tolist())]
-    total: NDArray[np.int64] = np.sum(run(count, [every[i : i + TOGETHER] for i in range(0, len(every), TOGETHER)]), 0)
+    total: NDArray[np.int64] = np.sum(run(count, _parts(edges)), 0)
     return total
+
+
+def _parts(edges: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Of blocks for so many threads, each in one go: edges of its blocks."""
+    places = np.arange(min(PARTS, len(edges) - 1) + 1) * (len(edges) - 1) // min(PARTS, len(edges) - 1)
+    return [edges[first : last + 1] for first, last in itertools.pairwise(places)]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -630,15 +634,15 @@ def fit_scales(
     codes = _checked_codes(codes)
     if not codes.size:
         raise EntropyError(f"a matrix of shape {codes.shape} has no scales")
-    magnitudes, edges = np.empty(codes.shape, np.float32), first_rows(codes.shape)
+    magnitudes = np.empty(codes.shape, np.float32)
 
-    def clip(block: tuple[int, int]) -> NDArray[np.float64]:
-        own = slice(*block)
+    def clip(edges: NDArray[np.int64]) -> NDArray[np.float64]:
+        own = slice(edges[0], edges[-1])
         magnitudes[own] = np.abs(np.clip(codes[own], -RADIUS - 1, RADIUS + 1))
         total: NDArray[np.float64] = magnitudes[own].sum(axis=0, dtype=np.float64)
         return total
 
-    mean = np.sum(run(clip, itertools.pairwise(edges)), 0) / len(codes)
+    mean = np.sum(run(clip, _parts(first_rows(codes.shape))), 0) / len(codes)
     ratio = np.log2(np.maximum(mean, 1e-3) / max(mean.mean(), 1e-3))
     column = np.clip(np.rint(CLASSES_PER_OCTAVE * ratio), 1 - CLASSES, CLASSES - 1).astype(np.int64)
     row = _best_scale(magnitudes, column, None)

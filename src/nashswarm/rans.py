@@ -177,11 +177,29 @@ def _run_machine(
         memory[i + columns] = after[before << 1 | parity]
 
 
-def _count(codes: NDArray[np.int32], classes: NDArray[np.uint8], counts: NDArray[np.int64]) -> None:
-    """Add a block's symbols to their counts by class, [classes, SYMBOLS]."""
-    for i in range(codes.shape[0]):
-        code = np.int64(codes[i])
-        counts[classes[i], code + RADIUS if -RADIUS <= code <= RADIUS else ESCAPE] += 1
+def _count(
+    codes: NDArray[np.int32],
+    edges: NDArray[np.int64],
+    rows: NDArray[np.int8],
+    columns: NDArray[np.int8],
+    after: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+) -> None:
+    """Add the symbols of blocks of rows, codes [rows, columns], to their counts by class, [2 * classes, SYMBOLS].
+
+    The columns' machines run over each block; they stay as they are, and classes below half, where `after` has zeros.
+    """
+    half = counts.shape[0] // 2
+    memory = np.empty(codes.shape[1], np.uint8)
+    for block in range(len(edges) - 1):
+        memory[:] = 0
+        for row in range(edges[block], edges[block + 1]):
+            for column in range(codes.shape[1]):
+                code, before = np.int64(codes[row, column]), np.int64(memory[column])
+                inside = -RADIUS <= code <= RADIUS
+                level = min(max(np.int64(rows[row]) + np.int64(columns[column]), 0), half - 1) + half * (before & 1)
+                counts[level, code + RADIUS if inside else ESCAPE] += 1
+                memory[column] = after[before << 1 | ((code & 1) if inside else 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +227,7 @@ def kernels() -> Kernels | None:
             jit.compiled(_decode_block, [decoded.format(after) for after in ("none", "uint8[::1]")]),
             jit.compiled(_encode_block, encoded),
             jit.compiled(_run_machine, "void(int32[::1],int64,uint8[::1],int64,uint8[::1])"),
-            jit.compiled(_count, "void(int32[::1],uint8[::1],int64[:,::1])"),
+            jit.compiled(_count, "void(int32[:,::1],int64[::1],int8[::1],int8[::1],uint8[::1],int64[:,::1])"),
         )
     except ImportError:
         return None

@@ -221,7 +221,7 @@ class _System:
             return torch.zeros_like(self.product)
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
-        if moment.device == CPU:
+        if moment.device == CPU and not (beside and len(moment) <= triangular.LARGE):  # such a one has one thread
             found = triangular.factored(moment, triangular.coarse(len(moment)) if beside else triangular.TILE)
             return torch.zeros_like(self.product) if found is None else found.solve(self.product)
         lower, failed = torch.linalg.cholesky_ex(moment)

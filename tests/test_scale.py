@@ -19,7 +19,7 @@ from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.benchmarks.schedule import NONE, Made, Network, Phase, Sum, Task, _Run, jobs, makespan, serial
 from nashswarm.benchmarks.tables import tables
-from nashswarm.benchmarks.workload import INSIDE, TABLES, At, Model, Text, parts, pass_of, returned, sent
+from nashswarm.benchmarks.workload import CHAINED, INSIDE, TABLES, At, Model, Text, parts, pass_of, returned, sent
 from nashswarm.config import Scoring
 from nashswarm.console import quiet
 from nashswarm.engine import AHEAD
@@ -293,6 +293,21 @@ def test_workers_on_one_machine_share_its_cores(records: list[recording.Record])
             label, part = what.split()
             waited += prices.seconds("pack", METHOD, label, part, At(stages.model, role, pass_of(METHOD)))
     assert one - halved == pytest.approx(waited / 2, rel=1e-6)
+
+
+def test_all_stages_of_a_method_run_one_after_the_other() -> None:
+    """By workers on one machine: seconds are the stages' sums, by one worker and by many."""
+    document = json.loads((PROJECT / "metrics/benchmarks/scale.json").read_text(encoding="utf-8"))
+    rows = {(row["stage"], row["method"]): row for row in document["speed_ups"]["gpt2-xl"]}
+    for method in recording.METHODS:
+        parts = [("score", "all"), ("allocate", method), ("pack", method), ("evaluate", method)]
+        own, whole = [rows[part] for part in parts if part in rows], rows["all, one machine", method]
+        assert whole["seconds"] == pytest.approx(sum(row["seconds"] for row in own), rel=0.01)
+        if method in CHAINED:
+            own[2] = rows["pack, one machine", method]
+        for count, speed_up in whole["speed_up"].items():
+            taken = sum(row["seconds"] / row["speed_up"][count] for row in own)
+            assert speed_up == pytest.approx(whole["seconds"] / taken, rel=0.05)  # others pass a network there
 
 
 def test_memory_is_what_preflight_says(tmp_path: Path) -> None:

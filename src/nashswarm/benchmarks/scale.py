@@ -92,7 +92,7 @@ def group(stage: str, method: str, label: str, part: str) -> str:
 
 
 def _place(stage: str, method: str, label: str, part: str, at: At) -> str:
-    return f"{group(stage, method, label, part)} {at.role} {at.first} {at.model.width}"
+    return f"{group(stage, method, label, part)} {at.role} {at.first} {at.model.width} {at.tokens}"
 
 
 # --- stages as phases ----------------------------------------------------------------------------------------------
@@ -250,13 +250,17 @@ def speed_ups(
 ) -> list[dict[str, Any]]:
     """Rows: a stage by a method, or a grid of so many methods, against one worker without a network.
 
-    Arguments: `crews`, as by `shares`; with them, packing behind the prefix also by workers that are on one machine.
+    Arguments: `crews`, as by `shares`; with them, packing behind the prefix also by workers that are on one machine,
+    and all stages of a method by such, one after the other.
     """
-    found = [_row(stages, stage, method, network) for stage, method in CASES if stages.one(stage, method) > 0]
-    here = Network(float("inf"), network.latency)
-    for method in CHAINED if crews else ():
-        row = _row(replace(stages, crews=crews), "pack", method, here)
-        found.append({**row, "stage": "pack, one machine", "moved_gb": 0.0})
+    found = [_row(stages, [(stage, method)], network) for stage, method in CASES if stages.one(stage, method) > 0]
+    here, beside = Network(float("inf"), network.latency), replace(stages, crews=crews)
+    if crews:
+        chains = {method: [("pack", method)] for method in CHAINED}
+        whole = {method: [("score", "all"), *((stage, method) for stage in STAGES[1:])] for method in METHODS}
+        for name, rows in (("pack", chains), ("all", whole)):
+            own = (_row(beside, cases, here) for cases in rows.values())
+            found += [{**row, "stage": f"{name}, one machine", "moved_gb": 0.0} for row in own]
     for size in sizes:
         methods = [list(METHODS)[i % len(METHODS)] for i in range(size)]
         alone = stages.grid(methods, 1, NONE)[0]
@@ -268,13 +272,14 @@ def speed_ups(
     return found
 
 
-def _row(stages: Stages, stage: str, method: str, network: Network) -> dict[str, Any]:
-    alone = stages.one(stage, method)
-    speed_up = {str(n): round(alone / stages.many(stage, method, n, network), 2) for n in WORKERS}
-    moved = stages.moved(stage, method, WORKERS[-1])
+def _row(stages: Stages, cases: Sequence[tuple[str, str]], network: Network) -> dict[str, Any]:
+    """Of stages by a method, one after the other; named as the last one."""
+    alone = sum(stages.one(*case) for case in cases)
+    speed_up = {str(n): round(alone / sum(stages.many(*case, n, network) for case in cases), 2) for n in WORKERS}
+    moved = sum(stages.moved(*case, WORKERS[-1]) for case in cases)
     return {
-        "stage": stage,
-        "method": method,
+        "stage": cases[-1][0],
+        "method": cases[-1][1],
         "seconds": _digits(alone),
         "moved_gb": _digits(moved / 1e9),
         "speed_up": speed_up,

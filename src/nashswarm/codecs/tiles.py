@@ -28,8 +28,8 @@ lie as [P / 4][R][4]: byte k0 of row r is at ((k0 // 4) R + r) 4 + k0 % 4. So 64
 unit, and an int32 is four codes of one row at a time.
 
 The market sees a tile's damage as 1/2 sum_rc rows_r (e_rc D_c)^2, e the rounding error on grids of its own that are
-searched with these weights, and a surcharge where a row loses much of itself (`_beyond_local`). When a group of columns
-comes up in rounding, its grids are fitted once more, to the weights as feedback left them.
+searched with these weights, and a surcharge where a row loses much of itself (`_beyond_local`). Strips are rounded by
+falling power, and a tile's grids fitted once more when its turn comes: see `clipped.Tiles`.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_kernels_are_plain_python_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(np.unique(compiled[2])) == 8
     monkeypatch.setattr(clipped, "_kernels", lambda: (clipped._search, clipped._round_tiles))
     for one, other in zip(compiled, results(), strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
+        assert one == pytest.approx(other, rel=1e-6)
 
 
 @pytest.mark.parametrize("interact", [False, True])

@@ -26,7 +26,7 @@ def main(params: Params, model: str) -> None:
     load = partial(models.load_streamed, directory, index, device=engine.device, dtype=dtype)
     with artifacts.fresh_directory(LAYOUT.scores(model)) as target:
         for tensor, found in statistics.gather(load, index, ids, params.scoring, progress, journal, engine):
-            artifacts.write_statistics(target, tensor.name, found)
+            artifacts.write_statistics(target, tensor.name, found, journal)
     journal.close()
 
 

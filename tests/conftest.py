@@ -310,6 +310,10 @@ def copy(miniature: Project, tmp_path: Path) -> Project:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run DVC take longest, so they come first: what starts last, a worker does while others wait."""
+    """Files that run DVC take longest, so they come first: what starts last, a worker does while others wait.
+
+    Of these, first those that do without the miniature: it is made by one worker, for which others would wait.
+    """
     long = {item.path for item in items if item.get_closest_marker("pipeline")}
-    items.sort(key=lambda item: item.path not in long)
+    shared = {item.path for item in items if "miniature" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: (item.path not in long, item.path in shared))

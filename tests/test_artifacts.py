@@ -196,6 +196,25 @@ def test_statistics_come_back_with_what_they_lack(statistics: Statistics, tmp_pa
     assert same(artifacts.read_statistics(tmp_path, "transformer.h.0.w"), statistics)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_step_is_handed_on_with_links_and_without(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    journal, target = artifacts.Journal(tmp_path / "journal"), tmp_path / "found/w.safetensors"
+    assert not journal.link("w", target)
+    assert not target.exists()
+    journal.keep("w", {"fisher": np.ones(3, np.float32)})
+    assert journal.link("w", target)
+    assert (target.stat().st_nlink == 2) == links
+    journal.close()
+    assert same(artifacts.read_statistics(target.parent, "w"), Statistics(fisher=np.ones(3, np.float32)))
+
+
 def test_records_of_arrays_come_back(tmp_path: Path) -> None:
     baseline = Baseline(np.ones((4, 3), np.float32), np.array([1.5]))
     artifacts.write_record(tmp_path / "b", baseline)

@@ -19,7 +19,7 @@ from nashswarm.benchmarks.costs import TERMS, Counts, Rates, fit
 from nashswarm.benchmarks.quantization import Shape, write_model
 from nashswarm.benchmarks.schedule import NONE, Made, Network, Phase, Sum, Task, _Run, jobs, makespan, serial
 from nashswarm.benchmarks.tables import tables
-from nashswarm.benchmarks.workload import CHAINED, INSIDE, TABLES, At, Model, Text, parts, pass_of, returned, sent
+from nashswarm.benchmarks.workload import CHAINED, INSIDE, TABLES, At, Model, Text, parts, returned, sent, tokens_of
 from nashswarm.config import Scoring
 from nashswarm.console import quiet
 from nashswarm.engine import AHEAD
@@ -291,7 +291,7 @@ def test_workers_on_one_machine_share_its_cores(records: list[recording.Record])
     for role in (*TABLES, *INSIDE * 2):
         for what in alone if role in INSIDE else alone[-1:]:
             label, part = what.split()
-            waited += prices.seconds("pack", METHOD, label, part, At(stages.model, role, pass_of(METHOD)))
+            waited += prices.seconds("pack", METHOD, label, part, At(stages.model, role, tokens_of("pack", METHOD)))
     assert one - halved == pytest.approx(waited / 2, rel=1e-6)
 
 

@@ -310,6 +310,23 @@ def test_an_interrupted_run_goes_on_behind_its_finished_steps(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_kept_of_blocks_takes_no_space_twice(
+    family: str, checkpoint: Checkpoints, split: Splits, tmp_path: Path
+) -> None:
+    directory, ids = checkpoint(family), split(family).ids
+    index, journal = describe(directory), artifacts.Journal.of(tmp_path / "journal", "scores")
+    for tensor, found in gather(partial(load_streamed, directory, index), index, ids, SCORING, no_progress, journal):
+        artifacts.write_statistics(tmp_path / "linked", tensor.name, found, journal)
+        artifacts.write_statistics(tmp_path / "written", tensor.name, found)
+    linked, written = ({p.name: p for p in (tmp_path / at).iterdir()} for at in ("linked", "written"))
+    assert {name: p.read_bytes() for name, p in linked.items()} == {name: p.read_bytes() for name, p in written.items()}
+    inside = {f"{tensor.name}.safetensors" for tensor in index.tensors if tensor.layer is not None}
+    assert {name for name, p in linked.items() if p.stat().st_nlink > 1} == inside
+    journal.close()
+    assert all(p.stat().st_nlink == 1 for p in linked.values())
+
+
 def test_a_run_of_other_settings_does_not_go_on(checkpoint: Checkpoints, split: Splits, tmp_path: Path) -> None:
     one = artifacts.Journal.of(tmp_path, "scores", SCORING, {"model.safetensors": "a"})
     one.keep("state", {"layer": np.array(0)})

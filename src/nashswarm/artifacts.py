@@ -267,12 +267,18 @@ def remove_directory(path: Path) -> None:
 
 def link_files(source: Path, target: Path) -> None:
     """The files of `source` in `target` too: hard links where the file system has them, copies elsewhere."""
-    target.mkdir(parents=True, exist_ok=True)
     for path in sorted(p for p in source.iterdir() if p.is_file()):
+        link_file(path, target / path.name)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """As `link_files`, one of them."""
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(path, target / path.name)
+            os.link(source, target)
         except OSError:
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(source, target)
 
 
 def reserved(path: Path, size: int) -> Path:
@@ -304,12 +310,22 @@ class Journal:
 
     def read(self, step: str) -> dict[str, np.ndarray] | None:
         """What was kept of a step, if it was finished."""
-        path = self.directory / f"{step}.safetensors"
+        path = self._file(step)
         return _load(path) if path.is_file() else None
 
     def keep(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Note a step as finished."""
-        write_arrays(self.directory / f"{step}.safetensors", arrays)
+        write_arrays(self._file(step), arrays)
+
+    def link(self, step: str, target: Path) -> bool:
+        """Put what was kept of a step where it is wanted, too, without taking space twice. Returns: if it was kept."""
+        path = self._file(step)
+        if found := path.is_file():
+            link_file(path, target)
+        return found
+
+    def _file(self, step: str) -> Path:
+        return self.directory / f"{step}.safetensors"
 
     def scratch(self, name: str, size: int) -> Path:
         """A file of `size` bytes, as the last run left it."""
@@ -422,10 +438,11 @@ def read_tokens(directory: Path, corpus: str, split: str) -> TokenizedSplit:
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def write_statistics(directory: Path, tensor: str, statistics: Statistics) -> None:
-    """One file per tensor."""
-    arrays = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
-    write_arrays(directory / f"{tensor}.safetensors", {k: v for k, v in arrays.items() if v is not None})
+def write_statistics(directory: Path, tensor: str, statistics: Statistics, journal: Journal | None = None) -> None:
+    """One file per tensor. Arguments: `journal`, which may have it already, under the tensor's name."""
+    path = directory / f"{tensor}.safetensors"
+    if not (journal and journal.link(tensor, path)):
+        write_arrays(path, statistics.arrays())
 
 
 def read_statistics(directory: Path, tensor: str, second_moment: np.ndarray | None = None) -> Statistics:

@@ -18,6 +18,7 @@ from nashswarm.patches import PATCH, Patch
 STEPS_PER_OCTAVE = 8
 LEAST = 2.0**-100  # weights below are taken for it
 TABLED = 4096  # e of steps that are tabled, in both directions: float32 ends before
+TOP = 255  # of a tile's byte
 LANES = 64  # groups of weights that are searched at the same time
 
 
@@ -34,27 +35,13 @@ def middle(eighths: np.ndarray) -> np.ndarray:
 def search(
     groups: np.ndarray, power: np.ndarray, halves: np.ndarray, tries: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best steps of groups, float32 [C, groups], a column each: e, int64 [groups], and errors as by `error`.
+    """The best steps of groups, float32 [C, groups], a column each: e, int64 [groups], and squared errors, float32.
 
     Arguments: `power`, float32 [C], what a squared error counts; `halves`, h of each group's grids, float32 [groups];
     `tries`, how many steps to try, from the one that clips nothing downwards, int64 [groups].
     """
-    peak = np.abs(groups).max(0, initial=LEAST)
-    first = np.ceil(STEPS_PER_OCTAVE * np.log2(peak / halves)).astype(np.int64) + 1
-    return _searched(groups, power, halves, first - np.minimum(np.arange(tries.max())[:, None], tries - 1))
-
-
-def error(groups: np.ndarray, power: np.ndarray, eighths: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """Weighted squared rounding errors, float32 [groups], on grids of these e, int64 [groups], and h, float32."""
-    return _searched(groups, power, halves, eighths[None])[1]
-
-
-def _searched(
-    groups: np.ndarray, power: np.ndarray, halves: np.ndarray, eighths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Arguments: `eighths`, those that are tried, int64 [tries, groups]."""
     best, least = np.empty(len(halves), np.int64), np.empty(len(halves), np.float32)
-    _kernels()[0](groups, power, halves, eighths, step(eighths), middle(eighths), best, least)
+    _kernels()[0](groups, power, halves, tries, *_table(), best, least)
     return best, least
 
 
@@ -110,17 +97,40 @@ def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
     from numba.extending import register_jitable
 
     vector, matrix, part = "float32[::1]", "float32[:, ::1]", "float32[:, :]"
-    search = f"void({matrix}, {vector}, {vector}, int64[:, ::1], {matrix}, {matrix}, int64[::1], {vector})"
-    compiled = jit.compiled(_search, search)
-    for function in (_search, _expect, _best, _fit, _round):
+    for function in (_search, _compare, _expect, _fit, _round):
         register_jitable(function)  # each stays plain Python, too
+    search = f"void({matrix}, {vector}, {vector}, int64[::1], {vector}, {vector}, int64[::1], {vector})"
     patch = f"{part}, {part}, {part}, {matrix}, {part}, {vector}, int64[::1], int64[::1]"
     grids = f"int64, int64, int64, int64[::1], {vector}, {vector}, uint8[:, :], uint8[:, :], uint8[:, :, :]"
-    return compiled, jit.compiled(_round_tiles, f"void({patch}, {grids}, uint8[:, ::1])")
+    return jit.compiled(_search, search), jit.compiled(_round_tiles, f"void({patch}, {grids}, uint8[:, ::1])")
 
 
 def _search(
-    groups: np.ndarray,
+    values: np.ndarray,
+    power: np.ndarray,
+    halves: np.ndarray,
+    tries: np.ndarray,
+    steps: np.ndarray,
+    middles: np.ndarray,
+    best: np.ndarray,
+    least: np.ndarray,
+) -> None:
+    """As `search`. Plain Python until numba compiles it, as what follows."""
+    columns, count = values.shape
+    eighths, peak = np.empty((tries.max(), count), np.int64), np.full(count, LEAST, np.float32)
+    for column in range(columns):
+        for place in range(count):
+            peak[place] = max(peak[place], abs(values[column, place]))
+    for place in range(count):
+        first = int(np.ceil(STEPS_PER_OCTAVE * np.log2(peak[place] / halves[place]))) + 1
+        first = min(max(first, -TABLED // 2), TABLED // 2)  # where values are not finite
+        for i in range(len(eighths)):
+            eighths[i, place] = first - min(i, tries[place] - 1)
+    _compare(values, power, halves, eighths, steps, middles, best, least)
+
+
+def _compare(
+    values: np.ndarray,
     power: np.ndarray,
     halves: np.ndarray,
     eighths: np.ndarray,
@@ -129,18 +139,20 @@ def _search(
     best: np.ndarray,
     least: np.ndarray,
 ) -> None:
-    """Plain Python until numba compiles it, as what follows. Loops over lanes are of a constant length, for vectors."""
-    columns, count = groups.shape
+    """The best of these e, [tries, groups]. Loops over lanes are of a constant length, for vectors."""
+    columns, count = values.shape
     block, errors = np.zeros((columns, LANES), np.float32), np.empty(LANES, np.float32)
     s, h, m = np.ones(LANES, np.float32), np.ones(LANES, np.float32), np.zeros(LANES, np.float32)
     for start in range(0, count, LANES):
         lanes = min(LANES, count - start)
-        block[:, :lanes] = groups[:, start : start + lanes]
+        block[:, :lanes] = values[:, start : start + lanes]
         h[:lanes] = halves[start : start + lanes]
         least[start : start + lanes] = np.float32(np.inf)
         best[start : start + lanes] = eighths[0, start : start + lanes]
-        for i in range(len(steps)):
-            s[:lanes], m[:lanes] = steps[i, start : start + lanes], middles[i, start : start + lanes]
+        for i in range(len(eighths)):
+            for lane in range(lanes):
+                entry = eighths[i, start + lane] + TABLED
+                s[lane], m[lane] = steps[entry], middles[entry]
             errors[:] = np.float32(0)
             for column in range(columns):
                 weight = power[column]
@@ -235,57 +247,30 @@ def _fit(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of tiles, int64 [pieces], and of their rows, int64 [rows], for targets [columns, rows]."""
     columns, rows = values.shape
-    peak, nothing, most = np.full(rows, LEAST, np.float32), np.zeros(rows, np.float32), 1
+    nothing, error = np.zeros(rows, np.float32), np.empty(rows, np.float32)  # the former of zeros in a row's place
+    best, allowed, chosen = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((1, rows), np.int64)
     for column in range(columns):
         for row in range(rows):
-            value = values[column, row]
-            peak[row] = max(peak[row], abs(value))
-            nothing[row] += power[column] * value * value
+            nothing[row] += power[column] * values[column, row] * values[column, row]
     for row in range(rows):
-        most = max(most, tries[bits[row]])
-    eighths = np.empty((most, rows), np.int64)
-    for row in range(rows):
-        first = int(np.ceil(STEPS_PER_OCTAVE * np.log2(peak[row] / halves[row]))) + 1
-        first = min(max(first, -TABLED // 2), TABLED // 2)  # where values are not finite
-        for i in range(most):
-            eighths[i, row] = first - min(i, tries[bits[row]] - 1)
-    best, error = _best(values, power, halves, eighths, steps, middles)
-    tile, chosen = np.zeros(len(edges) - 1, np.int64), np.empty((1, rows), np.int64)
+        allowed[row] = tries[bits[row]]
+    _search(values, power, halves, allowed, steps, middles, best, error)
+    tile, found = np.zeros(len(edges) - 1, np.int64), np.zeros(rows, np.int64)
     for piece in range(len(edges) - 1):
         highest = lowest
         for row in range(edges[piece], edges[piece + 1]):
             if bits[row] and error[row] < nothing[row]:
                 highest = max(highest, best[row] - levels + 1)
-        tile[piece] = min(highest - lowest, 255)
+        tile[piece] = min(highest - lowest, TOP)
+        least = lowest + tile[piece]
         for row in range(edges[piece], edges[piece + 1]):
-            useful = bits[row] and error[row] < nothing[row]
-            level = min(max(best[row] - lowest - tile[piece], 0), levels - 1) if useful else 0
-            chosen[0, row] = lowest + tile[piece] + level
-    _, error = _best(values, power, halves, chosen, steps, middles)
-    found = np.zeros(rows, np.int64)
+            chosen[0, row] = min(max(best[row], least), least + levels - 1)
+    _compare(values, power, halves, chosen, steps, middles, best, error)
     for piece in range(len(edges) - 1):
         for row in range(edges[piece], edges[piece + 1]):
             if bits[row] and error[row] < nothing[row]:
-                found[row] = chosen[0, row] - lowest - tile[piece] + 1
+                found[row] = best[row] - lowest - tile[piece] + 1
     return tile, found
-
-
-def _best(
-    values: np.ndarray,
-    power: np.ndarray,
-    halves: np.ndarray,
-    eighths: np.ndarray,
-    steps: np.ndarray,
-    middles: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """As `search`, of those e, [tries, rows]."""
-    own, centers = np.empty(eighths.shape, np.float32), np.empty(eighths.shape, np.float32)
-    for i in range(len(eighths)):
-        for row in range(eighths.shape[1]):
-            own[i, row], centers[i, row] = steps[eighths[i, row] + TABLED], middles[eighths[i, row] + TABLED]
-    best, least = np.empty(len(halves), np.int64), np.empty(len(halves), np.float32)
-    _search(values, power, halves, eighths, own, centers, best, least)
-    return best, least
 
 
 def _round(

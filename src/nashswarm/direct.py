@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -46,23 +45,24 @@ def quantize_directory(
     ids = tokens.ids
     origin = origin or ModelSource("path", path=str(source))
     record = artifacts.SourceRecord(origin.source, str(source), origin.id, origin.revision, {})
-    with tempfile.TemporaryDirectory(prefix="nashswarm-") as scratch, artifacts.fresh_directory(output) as target:
-        scores = Path(scratch)
+    with artifacts.fresh_directory(output) as target:
+        scores, packed = target / "scores", target / "packed"
         files = {name: artifacts.sha256_file(source / name) for name in models.checkpoint_files(source)}
         facts = (files, artifacts.digest(ids), scoring, torch.get_num_threads(), statistics.code())
         journal = artifacts.Journal.of(output.absolute().parent, f".{output.name}.score", *facts)
         load = partial(models.load_streamed, source, index)
         for tensor, found in statistics.gather(load, index, ids, scoring, progress, journal):
-            artifacts.write_statistics(scores, tensor.name, found)
+            artifacts.write_statistics(scores, tensor.name, found, journal)
         model = quantize.Model(name, index, record, checkpoint, partial(artifacts.read_statistics, scores))
         engine = Local(torch.get_num_threads())
-        packed, allocation = target / "packed", quantize.allocate(model, method, progress, engine)
+        allocation = quantize.allocate(model, method, progress, engine)
         place = output.absolute().parent, f".{output.name}.pack"
         finished = quantize.open_journal(*place, method, allocation, ids, files, scores)
         quantize.pack(model, method, allocation, ids, packed, progress, finished, engine)
         for file in packed.iterdir():
             file.rename(target / file.name)
         packed.rmdir()
+        artifacts.remove_directory(scores)
     journal.close()
     finished.close()
 

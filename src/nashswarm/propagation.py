@@ -29,8 +29,8 @@ from nashswarm.streams import About
 from nashswarm.types import TensorSpec
 
 
-class Streams(Protocol):
-    """See `streams.Streams`."""
+class BothStreams(Protocol):
+    """`streams.Streams`, or `sharding.ShardedStreams` over a cluster."""
 
     @property
     def summed_on(self) -> torch.device:
@@ -58,7 +58,7 @@ class Streams(Protocol):
 class Propagation:
     """Aims at what the original makes of its inputs, behind everything that was settled; a `quantize.Walk`."""
 
-    streams: Streams
+    streams: BothStreams
     _sums: tuple[str, Sums] | None = None  # of those matrices that share their inputs, and the first of them
     _corrections: dict[str, Correction] = field(default_factory=dict)  # of matrices that were not settled since
 

@@ -61,6 +61,13 @@ GROWTH = 0.0012 + CLOSE
 logger = logging.getLogger(__name__)
 
 
+class Reader(Protocol):
+    """Where a model's statistics come from."""
+
+    def __call__(self, tensor: str, second_moment: np.ndarray | None = None, /) -> Statistics | None:
+        """A tensor's; see `artifacts.read_statistics`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model at rest: where its weights and its statistics are read from, one tensor at a time."""
@@ -69,7 +76,7 @@ class Model:
     index: ModelIndex
     record: artifacts.SourceRecord
     checkpoint: Checkpoint
-    statistics: Callable[..., Statistics | None]  # of a tensor; as `artifacts.read_statistics`
+    statistics: Reader
 
 
 def open_model(layout: artifacts.Layout, name: str) -> Model:
@@ -186,7 +193,9 @@ def open_journal(
     Arguments: `files`, the checkpoint's, name -> SHA-256; `scores`, the directory of the statistics' files; `device`,
     where models run, as params name it.
     """
-    statistics = {path.name: artifacts.sha256_file(path) for path in sorted(scores.iterdir())}
+    paths = sorted(scores.iterdir())
+    with team(len(paths)) as run:
+        statistics = dict(zip([path.name for path in paths], run(artifacts.sha256_file, paths), strict=True))
     facts = (files, statistics, artifacts.digest(ids), method_document(method), code(method))
     versions = (torch.__version__, np.__version__, torch.get_num_threads(), device)
     return artifacts.Journal.of(parent, purpose, *facts, artifacts.allocation_document(allocation), *versions)
@@ -569,5 +578,5 @@ def _job(model: Model, tensor: TensorSpec, method: Method, choice: Choice, aim: 
     importance = None
     if choice.classes:
         importance = load_room("importance", method.importance).importance(model.checkpoint.tensor(tensor))
-    measured = [] if aim is None or aim.second_moment is None else [aim.second_moment]
-    return Job(tensor, weight, choice, importance, model.statistics(tensor.name, *measured))
+    measured = aim.second_moment if aim else None
+    return Job(tensor, weight, choice, importance, model.statistics(tensor.name, measured))

@@ -22,6 +22,7 @@ from nashswarm.threads import all_hands, team
 RIDGES = (0.03, 0.2, 1.0, 5.0, math.inf)  # of the inputs' mean power; the last one corrects nothing
 JUDGED = 64  # outputs by which a ridge is chosen
 TRACE = 1e-8  # of the inputs' mean power, where taking off the mean leaves nothing but rounding
+ALONE = 2048  # inputs up to which one of several ridges that are tried is left to a library, with one thread
 EDGE = 256  # rows of a moment that are formed together
 CHUNK = 1 << 20  # numbers that a thread adds at a time
 CPU = torch.device("cpu")
@@ -221,7 +222,7 @@ class _System:
             return torch.zeros_like(self.product)
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * max(float(moment.diagonal().mean()), 1e-30))
-        if moment.device == CPU and not (beside and len(moment) <= triangular.LARGE):  # such a one has one thread
+        if moment.device == CPU and not (beside and len(moment) <= ALONE):
             found = triangular.factored(moment, triangular.coarse(len(moment)) if beside else triangular.TILE)
             return torch.zeros_like(self.product) if found is None else found.solve(self.product)
         lower, failed = torch.linalg.cholesky_ex(moment)

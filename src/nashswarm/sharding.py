@@ -47,7 +47,7 @@ def _open(
 
 
 class ShardedStreams:
-    """`propagation.Streams` over the members of a cluster."""
+    """`propagation.BothStreams` over the members of a cluster."""
 
     summed_on = CPU
 

@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,7 +66,8 @@ def gather(
     """The statistics of every matrix, one at a time, head first, then blocks from last to first, then embeddings.
 
     Arguments: `load` makes the model, in float32, not training, in each process that computes; `ids`, int32 [tokens],
-    of the calibration split; `journal`, whose finished steps are not done again.
+    of the calibration split; `journal`, whose finished steps are not done again; those of blocks' matrices are kept
+    there under their names, as they are handed on.
     Raises InputError where `ids` do not fill a window, NashSwarmError where a matrix was never run.
     """
     run = _Run(engine, load, index, ids, scoring, progress)
@@ -86,9 +87,9 @@ def gather(
 
         def finish(layer: int, begun: Folding | None) -> dict[str, Statistics]:
             if begun is None:
-                return _read_statistics(journal, layer)
+                return run.kept(journal, layer)
             found = _joined(begun.totals())
-            _keep_statistics(journal, layer, found)
+            run.keep(journal, layer, found)
             journal.keep("state", {"layer": np.array(layer), "gradients": gradients.numpy()})
             return found
 
@@ -137,19 +138,6 @@ def _resumed(journal: Journal, name: str, make: Callable[[], dict[str, Tensor]])
     found = make()
     journal.keep(name, {key: value.numpy() for key, value in found.items()})
     return found
-
-
-def _keep_statistics(journal: Journal, layer: int, found: Mapping[str, Statistics]) -> None:
-    arrays = {f"{name}:{f.name}": getattr(s, f.name) for name, s in found.items() for f in fields(s)}
-    journal.keep(f"layer-{layer}", {key: value for key, value in arrays.items() if value is not None})
-
-
-def _read_statistics(journal: Journal, layer: int) -> dict[str, Statistics]:
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for key, value in (journal.read(f"layer-{layer}") or {}).items():
-        name, _, field = key.rpartition(":")
-        found.setdefault(name, {})[field] = value
-    return {name: Statistics(**arrays) for name, arrays in found.items()}
 
 
 # --- sums over batches ---------------------------------------------------------------------------------------------
@@ -413,6 +401,20 @@ class _Run:
             function = _block
             items = ((layer, n, inputs[b].clone(), gradients[b].clone(), *rest) for n, b in batches)
         return self.engine.fold(function, self.shared, items, wanted, _Mean)
+
+    def keep(self, journal: Journal, layer: int, found: Mapping[str, Statistics]) -> None:
+        """Those of a block, each under its matrix' name, or what its use as a head says of a matrix."""
+        for name, own in found.items():
+            journal.keep(self._step(layer, name), own.arrays())
+
+    def kept(self, journal: Journal, layer: int) -> dict[str, Statistics]:
+        """What `keep` kept, by the matrices' names."""
+        names = dict.fromkeys(stripe.tensor for stripe in stripes(self.index, layer))
+        found = {name: journal.read(self._step(layer, name)) for name in names}
+        return {name: Statistics(**arrays) for name, arrays in found.items() if arrays is not None}
+
+    def _step(self, layer: int, name: str) -> str:
+        return name if layer < self.index.layers else "head"
 
     def named(self, found: Mapping[str, Statistics], layer: int) -> Iterator[tuple[TensorSpec, Statistics]]:
         """Of a block's matrices, or of a head that is no embedding."""

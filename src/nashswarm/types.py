@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -177,6 +177,11 @@ class Statistics:
     gradient_moment: np.ndarray | None = None  # float32 [out, out], E[g g^T], g = d loss / d y; None for a head
     frequency: np.ndarray | None = None  # float32 [out], lookups of each row per token
     lookup_moment: np.ndarray | None = None  # float32 [in, in], as gradient_moment, of the values looked up
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that there are, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

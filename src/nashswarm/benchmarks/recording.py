@@ -24,7 +24,7 @@ from torch import Tensor
 from nashswarm import artifacts, evaluation, loading, models, quantize, statistics
 from nashswarm.benchmarks.apart import alone, peak_bytes
 from nashswarm.benchmarks.quantization import Shape, open_model, random_text, write_model
-from nashswarm.benchmarks.workload import BATCH, INSIDE, PREFIX, TABLES, At, Model, pass_of, takes_time
+from nashswarm.benchmarks.workload import BATCH, INSIDE, TABLES, At, Model, takes_time, tokens_of
 from nashswarm.config import Evaluation, Method, PaperProtocol, Scoring, parse_method
 from nashswarm.console import quiet
 from nashswarm.engine import Member, Ray
@@ -345,11 +345,6 @@ def _at(model: Model, stage: str, method: str, label: str, about: str) -> At:
     role = next((r for r in (*INSIDE, *TABLES) if f".{r}." in about), "")
     first = label == "about" and ".h.0." in about
     return At(model, role, tokens_of(stage, method), first)
-
-
-def tokens_of(stage: str, method: str) -> int:
-    """Of a batch."""
-    return pass_of(method) if stage == "pack" and method in PREFIX else BATCH
 
 
 def _once(found: Iterable[Unit]) -> list[Unit]:

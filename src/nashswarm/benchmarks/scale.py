@@ -14,7 +14,7 @@ import numpy as np
 
 from nashswarm import preflight
 from nashswarm.benchmarks.costs import Cost, Rates, fit
-from nashswarm.benchmarks.recording import METHODS, PASSED, SCORED, Record, Unit, rounds, tokens_of, units
+from nashswarm.benchmarks.recording import METHODS, PASSED, SCORED, Record, Unit, rounds, units
 from nashswarm.benchmarks.schedule import NONE, Network, Phase, Sum, Task, jobs, makespan, serial
 from nashswarm.benchmarks.workers import BEHIND
 from nashswarm.benchmarks.workload import (
@@ -31,9 +31,9 @@ from nashswarm.benchmarks.workload import (
     Text,
     counts,
     parts,
-    pass_of,
     returned,
     sent,
+    tokens_of,
 )
 from nashswarm.config import Scoring, parse_method
 from nashswarm.engine import FARTHER
@@ -188,7 +188,7 @@ class Stages:
             return Phase([replace(one, seconds=one.seconds * size, returned=back)] * members, gap(label, at))
 
         def matrix(role: str, first: bool) -> list[Phase]:
-            at = At(self.model, role, pass_of(method))
+            at = At(self.model, role, tokens_of("pack", method))
             rounding = self._task("pack", method, "_encode", at, chained=True)
             rounding = replace(rounding, seconds=crew("_encode", "seconds", at) * rounding.seconds)
             if role in TABLES:
@@ -471,7 +471,7 @@ def check(document: Mapping[str, Any], prices: Prices, ratio: Mapping[str, float
 
 def pair(prices: Prices, ratio: Mapping[str, float], network: Network) -> dict[str, float]:
     """Seconds of the stages that `workers` measures with two workers, by simulation; one round of packing."""
-    model, text = Model(2, 768, 4096), Text(4, {m: BEHIND // pass_of(m) for m in CHAINED}, 4)
+    model, text = Model(2, 768, 4096), Text(4, {m: BEHIND // tokens_of("pack", m) for m in CHAINED}, 4)
     stages, cases = Stages(prices, model, ratio, text), (("score", "all"), ("evaluate", "gptq4-g128"))
     found = {f"{stage} 8192 tokens": stages.many(stage, method, 2, network) for stage, method in cases}
     found |= {f"pack {m}": stages.many("pack", m, 2, network) for m in ("gptq4-g128", "market-coded-3_0")}

@@ -24,9 +24,9 @@ TABLES = ("wte", "wpe")
 HISTOGRAM = 8 * entropy.TABLES * rans.SYMBOLS  # bytes, of what a matrix' codes are counted by
 
 
-def pass_of(method: str) -> int:
-    """Tokens of a pass behind the quantized prefix."""
-    return pass_tokens(PREFIX[method])
+def tokens_of(stage: str, method: str) -> int:
+    """Of a batch."""
+    return pass_tokens(PREFIX[method]) if stage == "pack" and method in PREFIX else BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Text:
     """Number of batches. The defaults are params.yaml's, and WikiText-2's test text in GPT-2's tokens."""
 
     score: int = 16  # scoring.tokens over BATCH
-    prefix: Mapping[str, int] = field(default_factory=lambda: {m: t // pass_of(m) for m, t in PREFIX.items()})
+    prefix: Mapping[str, int] = field(default_factory=lambda: {m: t // tokens_of("pack", m) for m, t in PREFIX.items()})
     evaluate: int = -(-283_000 // BATCH)
 
 

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from nashswarm import clipped, feedback
 from nashswarm.bitpack import pack, packed_size, unpack
-from nashswarm.clipped import STEPS_PER_OCTAVE
+from nashswarm.clipped import STEPS_PER_OCTAVE, TOP
 from nashswarm.patches import Patch
 from nashswarm.types import Candidates, InputError, Job, PackedTensor
 
@@ -54,9 +54,8 @@ TILE_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # bits, by index in the map
 INDEX_BITS = 3
 PLANES = (8, 4, 2, 1)
 LEVELS = 15  # of a row's step within its tile: 1.75 octaves
-TOP = 255  # of a tile's steps within the matrix: 32 octaves
 HEADROOM = 4 * STEPS_PER_OCTAVE  # above the largest weight: feedback moves weights
-OFFSET = TOP - HEADROOM
+OFFSET = TOP - HEADROOM  # tiles' bytes span 32 octaves
 LIMIT = 100  # log2 of the largest weights that are taken; float32 ends at 128
 LARGEST_SIDE = 4096  # of a tile
 # Steps of 1/8 octave that are tried, from the one that clips nothing downwards. Of 128 normal weights the best lies 6

@@ -55,9 +55,10 @@ def directly(directory: Path, ids: np.ndarray) -> tuple[ModelIndex, Direct]:
     model = load_original(directory, index)
     windows = torch.from_numpy(ids[: WINDOWS * CONTEXT].astype(np.int64)).view(WINDOWS, CONTEXT)
     (batch,) = np.random.SeedSequence(SCORING.seed).spawn(1)
-    generator = torch.Generator().manual_seed(int(batch.generate_state(1)[0]))
     with torch.no_grad():  # labels are drawn from the float32 model's probabilities
-        drawn = torch.multinomial(model(windows).logits.flatten(0, 1).softmax(-1), 1, generator=generator).squeeze(1)
+        sums = model(windows).logits.flatten(0, 1).softmax(-1).double().cumsum(1)
+    passed = sums > torch.from_numpy(np.random.default_rng(batch).random(len(sums)))[:, None] * sums[:, -1:]
+    drawn = passed.int().argmax(1)  # the first
     model = copy.deepcopy(model).double().requires_grad_(True)
     canonical = {id(model.get_parameter(t.name)): t.name for t in index.tensors}
     found = Direct({}, {}, {}, {})
@@ -195,6 +196,16 @@ def test_batches_draw_their_labels_by_themselves() -> None:
     assert len({tuple(labels.tolist()) for labels in drawn}) == 3
     assert torch.equal(stats._labels(p, 3, 1), drawn[1])
     assert not torch.equal(stats._labels(p, 4, 1), drawn[1])
+
+
+def test_labels_are_drawn_with_their_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(30_000, 1)
+    drawn = stats._labels(p, 0, 0)
+    assert drawn.bincount(minlength=6).div(len(p)).tolist() == pytest.approx(p[0].tolist(), abs=0.01)
+    assert not drawn.bincount(minlength=6)[[0, 2, 5]].any()
+    assert abs(float(np.corrcoef(drawn[1:], drawn[:-1])[0, 1])) < 0.02
+    monkeypatch.setattr(stats, "CUMULATED", 7)
+    assert torch.equal(stats._labels(p, 0, 0), drawn)
 
 
 def test_stripes_cover_every_moment_once(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,17 +249,20 @@ def _fit(
     columns, rows = values.shape
     nothing, error = np.zeros(rows, np.float32), np.empty(rows, np.float32)  # the former of zeros in a row's place
     best, allowed, chosen = np.empty(rows, np.int64), np.empty(rows, np.int64), np.empty((1, rows), np.int64)
+    useful = np.empty(rows, np.bool_)  # whether any step that was tried is better than zeros
     for column in range(columns):
         for row in range(rows):
             nothing[row] += power[column] * values[column, row] * values[column, row]
     for row in range(rows):
         allowed[row] = tries[bits[row]]
     _search(values, power, halves, allowed, steps, middles, best, error)
+    for row in range(rows):
+        useful[row] = bits[row] > 0 and error[row] < nothing[row]
     tile, found = np.zeros(len(edges) - 1, np.int64), np.zeros(rows, np.int64)
     for piece in range(len(edges) - 1):
         highest = lowest
         for row in range(edges[piece], edges[piece + 1]):
-            if bits[row] and error[row] < nothing[row]:
+            if useful[row]:
                 highest = max(highest, best[row] - levels + 1)
         tile[piece] = min(highest - lowest, TOP)
         least = lowest + tile[piece]
@@ -268,7 +271,7 @@ def _fit(
     _compare(values, power, halves, chosen, steps, middles, best, error)
     for piece in range(len(edges) - 1):
         for row in range(edges[piece], edges[piece + 1]):
-            if bits[row] and error[row] < nothing[row]:
+            if useful[row] and error[row] < nothing[row]:
                 found[row] = best[row] - lowest - tile[piece] + 1
     return tile, found
 

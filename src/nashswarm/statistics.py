@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STRIPE = 1 << 24  # bytes of float32 that are added up as one, by one worker
+CUMULATED = 256  # tokens whose probabilities are added up together, in float64
 FREQUENCY_PRIOR = 0.5  # lookups added to each row: a token that calibration missed is rare, not impossible
 
 
@@ -300,13 +301,17 @@ def _head(
 
 
 def _labels(p: Tensor, seed: int, number: int) -> Tensor:
-    """int64 [tokens], drawn with probabilities [tokens, rows] for batch `number`.
+    """int64 [tokens], drawn with probabilities [tokens, rows], on the processor, for batch `number`.
 
-    The generator's seed is the first word of the batch's child of numpy's SeedSequence(seed), so that batches can be
-    drawn in any order, in any process.
+    By numpy's generator, whose numbers are the same on every machine, of the batch's child of SeedSequence(seed), so
+    that batches can be drawn in any order, in any process. A label is where the probabilities' sum passes its number.
     """
-    (word,) = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1)
-    return torch.multinomial(p, 1, generator=torch.Generator().manual_seed(int(word))).squeeze(1)
+    drawn = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,))).random(len(p))
+    labels = []
+    for own, at in zip(*(torch.split(x, CUMULATED) for x in (p, torch.from_numpy(drawn))), strict=True):
+        sums = own.cumsum(1, dtype=torch.float64)
+        labels.append(torch.searchsorted(sums, at[:, None] * sums[:, -1:], right=True).squeeze(1))
+    return torch.cat(labels).clamp_(max=p.shape[1] - 1)
 
 
 def _label_variance(p: Tensor) -> Tensor:
@@ -314,7 +319,7 @@ def _label_variance(p: Tensor) -> Tensor:
 
     E over labels of (p - onehot)^2 is p (1 - p): exact, where drawn labels would be noise over a vocabulary.
     """
-    parts = (p[i : i + 256] for i in range(0, len(p), 256))
+    parts = torch.split(p, CUMULATED)
     return torch.stack([(own * (1 - own)).to(wide(p.device)).sum(0, dtype=torch.float64) for own in parts]).sum(0)
 
 

@@ -25,6 +25,13 @@ def rounding() -> Callable[..., None]:
     return jit.compiled(clipped._round, f"void({given}, int16[:, ::1])")
 
 
+@cache
+def comparing() -> Callable[..., None]:
+    matrix, vector = "float32[:, ::1]", "float32[::1]"
+    given = f"{matrix}, {vector}, {vector}, int64[:, ::1], {vector}, {vector}"
+    return jit.compiled(clipped._compare, f"void({given}, int64[::1], {vector})")
+
+
 def round_patch(patch: Patch, *grids: np.ndarray) -> np.ndarray:
     """To grids of these s, h and m, float32 [R]; codes q, int16 [C, R]."""
     codes = np.empty(patch.values.shape, np.int16)
@@ -51,6 +58,10 @@ def test_the_best_step_of_those_tried_is_found(bits: int, count: int) -> None:
     assert least == pytest.approx(errors.min(0), rel=1e-4)
     found = (first - best).astype(int)
     assert errors[found, np.arange(count)] == pytest.approx(errors.min(0), rel=1e-4)
+    chosen, again = np.empty_like(best), np.empty_like(least)
+    comparing()(groups, power, halves, best[None], *clipped._table(), chosen, again)
+    assert np.array_equal(again, least)
+    assert np.array_equal(chosen, best)
     assert np.abs(groups).max(0) == pytest.approx(np.clip(np.abs(groups).max(0), None, half * 2.0 ** (first / 8)))
 
 
